@@ -1,0 +1,262 @@
+"""Functional forms, in the argument order of ``torch.nn.functional``.
+
+x is (N, C, *) with any number of spatial axes, of dtype float16, bfloat16, float32 or float64,
+dense NCHW or NHWC (other strides cost a copy); the output keeps its dtype and memory format.
+Statistics, computed in float32 (float64 for float64 x), pool *cells* of x, see
+``fusednorm.reference.cells``. Every function can add a ``residual`` of x's shape and apply an
+activation in the same sweep: y = act(norm(x) + residual).
+
+Common errors: ``ValueError`` for a rank below 2, sizes that do not match, groups that do not
+divide C*H*W, an unknown activation, or cells of fewer than two values in training;
+``TypeError`` for an integer dtype; ``RuntimeError`` for tensors on different devices or a
+backend that is not available. They are raised before anything is launched or changed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusednorm.ops import NAMESPACES, Apply, Config, Normalize, resolve
+from fusednorm.ops.layout import canonical, like
+from fusednorm.reference import cells
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+__all__ = ["batch_group_norm", "batch_norm", "group_norm"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    negative_slope: float = 0.01,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch normalization (Ioffe & Szegedy 2015), one cell a channel.
+
+    Args:
+        input: (N, C, *).
+        running_mean, running_var: (C,), updated in place when ``training``; the variance is
+            unbiased. Required when not ``training``.
+        weight, bias: (C,), any floating dtype.
+        training: normalize with the batch's statistics instead of the running ones.
+        momentum: weight of the new value in the running statistics. None: their cumulative
+            average, by ``num_batches_tracked``.
+        eps: added to the variance.
+        act: None, "relu", "silu", "gelu" (exact) or "leaky_relu" with ``negative_slope``.
+        residual: tensor of input's shape, added before the activation.
+        num_batches_tracked: int64 scalar, incremented in place when statistics are updated.
+
+    Returns:
+        y of input's shape, dtype and memory format.
+    """
+    num_groups = _checked_input(input).shape[1]
+    return batch_group_norm(
+        input, num_groups, running_mean, running_var, weight, bias, training, momentum, eps,
+        act=act, residual=residual, negative_slope=negative_slope,
+        num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+
+
+def batch_group_norm(
+    input: Tensor,
+    num_groups: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    negative_slope: float = 0.01,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch Group Normalization (Zhou et al., arXiv 2012.02782).
+
+    The flattened (C, *) axes are cut into ``num_groups`` contiguous runs in NCHW order, whatever
+    the memory layout; a cell is one run over the whole batch. ``num_groups = C`` is batch norm.
+
+    Args:
+        input: (N, C, *).
+        num_groups: G, a divisor of C times the spatial size; not necessarily of C.
+        running_mean, running_var: (G,), as in ``batch_norm``.
+
+    The remaining arguments and the result are those of ``batch_norm``.
+    """
+    x = _checked_input(input)
+    _check_groups(x, num_groups)
+    _check_vector("weight", weight, x.shape[1], "the channels of input", x)
+    _check_vector("bias", bias, x.shape[1], "the channels of input", x)
+    _check_vector("running_mean", running_mean, num_groups, "num_groups", x)
+    _check_vector("running_var", running_var, num_groups, "num_groups", x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var: expected both or neither")
+    act_index = _checked_act(act)
+    residual = _checked_residual(residual, x)
+    x = canonical(x)
+    config = Config(num_groups, False, float(eps), act_index, float(negative_slope), resolve(x))
+    if training:
+        count = _check_count(x, num_groups, x.shape[0])
+        if running_mean is not None and momentum is None and num_batches_tracked is None:
+            raise ValueError("momentum=None needs num_batches_tracked")
+        y, mean, _, var = Normalize.apply(x, weight, bias, residual, config)
+        if running_mean is not None:
+            _update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
+        return y
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var must be given when not training")
+    return _frozen(x, running_mean, running_var, weight, bias, residual, config)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Group normalization (Wu & He, arXiv 1803.08494): a cell is C/G channels of one sample.
+
+    ``num_groups`` divides C; 1 is layer normalization over (C, *), C is instance normalization.
+    ``weight`` and ``bias`` are (C,); the rest is as in ``batch_norm``.
+    """
+    x = _checked_input(input)
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of the {channels} channels of input, got {num_groups}"
+        )
+    _check_vector("weight", weight, channels, "the channels of input", x)
+    _check_vector("bias", bias, channels, "the channels of input", x)
+    act_index = _checked_act(act)
+    residual = _checked_residual(residual, x)
+    x = canonical(x)
+    if x.shape[0]:
+        _check_count(x, num_groups, 1)
+    config = Config(num_groups, True, float(eps), act_index, float(negative_slope), resolve(x))
+    return Normalize.apply(x, weight, bias, residual, config)[0]
+
+
+def _frozen(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    config: Config,
+) -> Tensor:
+    acc = cells.accumulation_dtype(x.dtype)
+    mean = running_mean.to(acc)
+    per_channel, straddles = divmod(x.shape[1], config.num_groups)
+    exporting = torch.compiler.is_exporting()
+    if straddles or not (exporting or config.backend == "reference"):
+        rstd = (running_var.to(acc) + config.eps).rsqrt()
+        if exporting:
+            w, b, r = (None if t is None else t.to(acc) for t in (weight, bias, residual))
+            y = cells.apply(x.to(acc), mean, rstd, w, b, r, config.act, config.slope)
+            return y.to(x.dtype)
+        return Apply.apply(x, weight, bias, residual, mean, rstd, config)
+    # Whole channels: ATen's own operator, which exporters know how to fold into a convolution.
+    var = running_var.to(acc)
+    if per_channel > 1:
+        mean, var = mean.repeat_interleave(per_channel), var.repeat_interleave(per_channel)
+    weight = None if weight is None else weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, config.eps)
+    y = cells.activate(y if residual is None else y + residual, config.act, config.slope)
+    return like(y, x)
+
+
+def _update(
+    running_mean: Tensor,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
+    count: int,
+) -> None:
+    # Buffers of a .half() module are narrower than the statistics; only the reference casts.
+    backend = resolve(mean) if running_mean.dtype == mean.dtype else "reference"
+    update = getattr(torch.ops, NAMESPACES[backend]).update_running
+    update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
+
+
+def _checked_input(input: Tensor) -> Tensor:
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions (N, C, *), got {input.dim()}")
+    if input.dtype not in _FLOATS:
+        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
+    return input
+
+
+def _check_groups(x: Tensor, num_groups: int) -> None:
+    sizes = math.prod(x.shape[1:])
+    if num_groups < 1 or sizes % num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of {sizes}, the channels times the spatial size of "
+            f"input {tuple(x.shape)}, got {num_groups}"
+        )
+
+
+def _check_vector(name: str, v: Tensor | None, size: int, what: str, x: Tensor) -> None:
+    if v is None:
+        return
+    if v.dim() != 1 or v.shape[0] != size:
+        raise ValueError(f"{name}: expected shape ({size},), {what}, got {tuple(v.shape)}")
+    if not v.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {v.dtype}")
+    if v.device != x.device:
+        raise RuntimeError(f"{name}: expected device {x.device}, that of input, got {v.device}")
+
+
+def _checked_residual(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    if residual is None:
+        return None
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual: expected the shape of input {tuple(x.shape)}, got {tuple(residual.shape)}"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected the dtype of input {x.dtype}, got {residual.dtype}")
+    if residual.device != x.device:
+        raise RuntimeError(f"residual: expected device {x.device}, got {residual.device}")
+    return like(residual, canonical(x))
+
+
+def _checked_act(act: str | None) -> int:
+    if act not in cells.ACTIVATIONS:
+        known = ", ".join(repr(name) for name in cells.ACTIVATIONS)
+        raise ValueError(f"act: expected one of {known}, got {act!r}")
+    return cells.ACTIVATIONS[act]
+
+
+def _check_count(x: Tensor, num_groups: int, samples: int) -> int:
+    """Elements a cell: at least 2, or there is no variance."""
+    count = samples * (math.prod(x.shape[1:]) // num_groups)
+    if count < 2:
+        raise ValueError(
+            "input: expected more than 1 value per cell when training, got "
+            f"{count} for size {tuple(x.shape)} and num_groups {num_groups}"
+        )
+    return count

@@ -1,0 +1,6 @@
+"""Modules: parameters, buffers and state dicts; all arithmetic is in fusednorm.functional."""
+
+from fusednorm.nn.batch_norm import BatchGroupNorm, BatchNorm
+from fusednorm.nn.group_norm import GroupNorm
+
+__all__ = ["BatchGroupNorm", "BatchNorm", "GroupNorm"]
