@@ -153,6 +153,12 @@ def group_norm(
     if x.shape[0]:
         _check_count(x, num_groups, 1)
     config = Config(num_groups, True, float(eps), act_index, float(negative_slope), resolve(x))
+    if torch.compiler.is_exporting():
+        acc = cells.accumulation_dtype(x.dtype)
+        w, b, r = (None if t is None else t.to(acc) for t in (weight, bias, residual))
+        z = F.group_norm(x.to(acc), num_groups, w, b, config.eps)
+        z = cells.activate(z if r is None else z + r, config.act, config.slope)
+        return like(z.to(x.dtype), x)
     return Normalize.apply(x, weight, bias, residual, config)[0]
 
 
