@@ -133,9 +133,11 @@ class _Rows(_Runs):
     ) -> Tensor:
         y = torch.empty_like(x)
         rows = torch.sub(self.of(x), self.spread(mean), out=self.of(y))
-        rows.mul_(self.spread(rstd if weight is None else rstd * weight))
-        if bias is not None:
-            rows.add_(self.spread(bias))
+        scale = self.spread(rstd if weight is None else rstd * weight)
+        if bias is None:
+            rows.mul_(scale)
+        else:
+            torch.addcmul(self.spread(bias), rows, scale, out=rows)
         return y
 
     def sums(self, h: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
