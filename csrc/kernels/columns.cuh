@@ -1,10 +1,9 @@
 // The access pattern of NHWC: a tile is lanes*V neighbouring channels over a set's rows.
 //
 // A row is a (sample, position) of one of the Q = max(1, G/C) ranges into which groups cut a
-// channel; the range q of channel c is piece c*Q + q. Threads lie along channels first, so a warp
-// reads contiguous memory, and then along rows. Every thread keeps the state of its V channels in
-// registers; the block reduces them over its rows. Serves every G that divides C or is divided by
-// it.
+// channel; range q of channel c is piece c*Q + q. Threads lie along channels first, so a warp reads
+// contiguous memory, and then along rows. A thread keeps the state of its V channels in registers,
+// and the block reduces them over its rows. Serves every G that divides C or is divided by it.
 #pragma once
 
 #include "cursor.cuh"

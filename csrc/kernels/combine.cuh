@@ -6,8 +6,7 @@
 //
 // One block a cell or channel; its threads take the partials in turn and merge in the fixed order
 // of block_reduce. Reads A*P*splits partials of 16 bytes (8 in the backward), nothing of x's size.
-// The per-cell work is a device function of a block, so that a sweep's last block may come to run
-// it.
+// The work of a cell is a device function of a block, so that a sweep's last block may run it.
 #pragma once
 
 #include "cursor.cuh"

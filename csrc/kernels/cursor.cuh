@@ -1,9 +1,8 @@
 // A thread's walk over a grid of samples x units, division-free after its start.
 //
-// Positions are numbered sample * units + unit and visited at a constant stride; the offset in
-// memory is base + sample*sample_step + unit*unit_step. One step adds (stride / units, stride %
-// units) and carries at most once, so nothing has to be a power of two and no run has to fill a
-// block.
+// Positions are numbered sample*units + unit and visited at a constant stride; the offset in memory
+// is base + sample*sample_step + unit*unit_step. A step adds stride/units samples and stride%units
+// units and carries at most once: nothing is a power of two, and no run has to fill a block.
 #pragma once
 
 #include "platform.cuh"

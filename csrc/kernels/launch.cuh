@@ -1,5 +1,4 @@
-// What a caller hands to the launchers, and the one switch from its run-time dtype and plan to
-// types.
+// What a caller hands to the launchers, and the switch from its run-time dtype and plan to types.
 #pragma once
 
 #include <stdexcept>

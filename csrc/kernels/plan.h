@@ -1,5 +1,4 @@
-// How a problem is cut into blocks: plain data from a pure function, so it is tested without a
-// card.
+// How a problem is cut into blocks: plain data from a pure function, tested without a card.
 //
 // A tile is the unit of work before splitting; its rows or runs are cut into `splits` shares, a
 // block each. The sweeps of one pass use the same plan, and partial results are numbered
@@ -22,7 +21,7 @@ struct Plan {
   bool channels_last;    // memory layout
   int vector;            // elements an access
   int block;             // threads
-  int lanes;             // columns: threads along the channels; runs: block
+  int lanes;             // columns: threads along the channels; runs: 1
   int combine_block;     // threads that merge the partials of a cell or channel
   int64_t tiles;         // tiles in all
   int64_t column_tiles;  // columns: tiles along the channels
@@ -34,8 +33,8 @@ struct Plan {
   FUSEDNORM_HOST_DEVICE int64_t blocks() const { return tiles * splits; }
 };
 
-// Accesses a thread has in flight before it waits. Four of 16 bytes by 1024 resident threads are 64
-// KiB an SM, above the 23 to 40 KiB that HBM3 needs; scalar accesses need more of them.
+// Accesses a thread has in flight before it waits. Four of 16 bytes by the 512 threads that fit at
+// 128 registers are 32 KiB an SM; HBM3 needs 23 to 40.
 constexpr int kInFlight = 4;
 
 // Blocks wanted for each SM: two waves of four resident blocks.

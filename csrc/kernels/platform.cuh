@@ -3,22 +3,23 @@
 // Every header of this folder compiles twice: by nvcc for the GPU, and as plain C++17 under
 // FUSEDNORM_HOST, where csrc/host/cuda_shim.h gives each CUDA thread a fiber. Beyond standard C++
 // the kernels use exactly this, and the shim provides it:
-//   built-ins   dim3, threadIdx.x, blockIdx.x, blockDim.x, gridDim.x (one-dimensional launches
-//   only) barriers    __syncthreads() shuffles    __shfl_down_sync(mask, float or double, delta)
+//   built-ins   dim3, threadIdx.x, blockIdx.x, blockDim.x, gridDim.x; launches have one dimension
+//   barriers    __syncthreads()
+//   shuffles    __shfl_down_sync(mask, float or double, delta)
 //   types       __half, __nv_bfloat16 with __half2float, __float2half_rn, __bfloat162float,
 //               __float2bfloat16_rn; cudaStream_t
 //   keywords    __global__, __device__, __host__, __forceinline__, __launch_bounds__
-// Defined here:
-//   FUSEDNORM_LAUNCH(kernel, grid, block, stream, args...)  grid, block: integers or dim3. A kernel
-//                                        that is a template-id with commas goes in parentheses.
-//   FUSEDNORM_SHARED(type, name, count)  static shared array of a trivial type, one a block; on the
-//                                        host the shim defines it, between red zones
-//   FUSEDNORM_UNROLL                     unrolls the loop that follows (a hint: nothing depends on
-//   it) load_bits, store_bits                on the device by intrinsic: a plain copy of a struct
-//   is four or
-//                                        eight scalars to the compiler, which it does not always
-//                                        put together again. What is loaded so, the kernel never
-//                                        writes.
+// and this is defined here:
+//   FUSEDNORM_LAUNCH(kernel, grid, block, stream, args...)
+//               grid and block are integers; a template-id with commas goes in parentheses
+//   FUSEDNORM_SHARED(type, name, count)
+//               static shared array of a trivial type; the shim's lies between red zones
+//   FUSEDNORM_UNROLL
+//               unrolls the loop that follows; a hint, nothing depends on it
+//   load_bits, store_bits
+//               one 16-byte access. By intrinsic on the device: a plain copy of a struct is four or
+//               eight scalars to the compiler, which it does not always put together again. What is
+//               loaded so, the kernel never writes.
 #pragma once
 
 #include <cstdint>

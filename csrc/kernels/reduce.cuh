@@ -45,10 +45,9 @@ FUSEDNORM_DEVICE S block_reduce(S s, S* shared) {
   return warp_reduce(lane < int(blockDim.x) / kWarp ? shared[lane] : S{});
 }
 
-// The block is rows x lanes threads, thread = row * lanes + lane, each with W states: reduces over
+// The block is rows x lanes threads, thread = row*lanes + lane, each with W states: reduces over
 // rows, row 0 gets the results. The tree halves any number of rows, rounding up, so shared needs W
-// entries for at most half the threads; entry (w, thread) keeps a warp's accesses to one w
-// contiguous.
+// entries for half the threads; entry (w, thread) keeps a warp's accesses to one w contiguous.
 template <int W, typename S>
 FUSEDNORM_DEVICE void rows_reduce(S (&s)[W], int lanes, S* shared) {
   const int thread = threadIdx.x;

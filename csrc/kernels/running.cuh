@@ -4,8 +4,7 @@
 //   running_var  <- (1 - f)*running_var  + f*var*count/(count - 1)
 //
 // f is the momentum, or 1/num_batches_tracked, counted and read on the device so that the host
-// never waits and a CUDA graph replays correctly. G entries of a few bytes each; one thread an
-// entry.
+// never waits and a CUDA graph replays correctly. One thread an entry, G entries of a few bytes.
 #pragma once
 
 #include "launch.cuh"
@@ -29,8 +28,7 @@ struct RunningArgs {
   bool cumulative;
 };
 
-// With `cumulative` the launch has a single block: all of it must read the counter before it is
-// written.
+// With `cumulative` there is one block: all threads read the counter before one writes it.
 template <typename T>
 __global__ void __launch_bounds__(kMaxBlock) update_running_kernel(const RunningArgs<T> args) {
   using A = Accumulator<T>;

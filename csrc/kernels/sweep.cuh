@@ -1,18 +1,18 @@
 // The four sweeps over activations, written once for both access patterns.
 //
-//   moments          reads x                    -> partials (count, mean, M2)
-//   apply            reads x (, residual)       -> y = act(z),  z = (x - mean)*(rstd*w) + b (+
-//   residual) backward_reduce  reads dy, x (, residual)   -> partials (sum h, sum h*xhat),  h =
-//   act'(z)*dy backward_apply   reads dy, x (, residual)   -> dx = rstd*(w*h - live*m0 -
-//   live*xhat*m1) (, h)
+//   z = (x - mean)*(rstd*w) + b (+ residual),   h = act'(z)*dy,   xhat = (x - mean)*rstd
+//
+//   moments          reads x                   partials (count, mean, M2)
+//   apply            reads x (, residual)      y = act(z)
+//   backward_reduce  reads dy, x (, residual)  partials (sum h, sum h*xhat)
+//   backward_apply   reads dy, x (, residual)  dx = rstd*(w*h - live*m0 - live*xhat*m1) (, h)
 //
 // A Tile (runs.cuh, columns.cuh) says what a block owns: where each thread walks, which cell and
-// channel its kWidth columns belong to, and how the block reduces them. Tile::kWidth is 1 where a
-// thread stays within one piece, and the vector width where its vector spans channels. x - mean
-// comes first: folding the mean into the shift would lose digits where |mean| is much greater than
-// sigma. No atomics, and every order is fixed by the plan: bitwise repeatable. One block an SM is
-// all that the launch bounds demand: left to itself ptxas spills a few registers to fit a block
-// more.
+// channel its kWidth columns belong to, and how the block reduces them. kWidth is 1 where a thread
+// stays within one piece, and the vector width where its vector spans channels. x - mean comes
+// first: folding the mean into the shift would lose digits where |mean| is far above sigma.
+// No atomics, and every order is fixed by the plan: bitwise repeatable. The launch bounds ask for
+// one block an SM: left to itself, ptxas spills a few registers to fit another.
 #pragma once
 
 #include "activation.cuh"

@@ -53,10 +53,10 @@ FUSEDNORM_DEVICE Moments<A> shuffle_down(const Moments<A>& s, int delta) {
           __shfl_down_sync(kFullMask, s.tail, delta), __shfl_down_sync(kFullMask, s.m2, delta)};
 }
 
-// Adds a chunk of values, the live ones of U rows of V, to W states: column v belongs to state v %
-// W. Row 0 is live. Two passes over registers, about the chunk's first value p: the mean of x - p,
+// Adds a chunk of values, the live ones of U rows of V, to W states: column v goes to state v % W.
+// Row 0 is live. Two passes over registers, about the chunk's first value p: the mean of x - p,
 // then M2 about that mean. The differences are as small as the spread of the data, so a large mean
-// costs no digits and a constant column gives M2 = 0 exactly. Two divisions a chunk, none an
+// costs no digits, and a constant column gives M2 = 0 exactly. Two divisions a chunk, none an
 // element.
 template <int W, int U, int V, typename T, typename A>
 FUSEDNORM_DEVICE void absorb(Moments<A> (&state)[W], const Vec<T, V> (&x)[U],

@@ -1,3 +1,4 @@
+// The checks and tensors of tensor.h.
 #include "tensor.h"
 
 #include <cuda_runtime.h>
@@ -156,8 +157,7 @@ void require_cuda(const char* op, const Tensor& x) {
 
 bool is_nhwc(const Tensor& x) {
   if (x.dim() < 3 || x.is_contiguous()) return false;
-  // Innermost first: channel, the spatial axes from the last, sample. Strides of size-1 axes are
-  // free.
+  // Innermost first: channel, spatial axes from the last, sample. Axes of length 1 have no stride.
   int64_t expected = 1;
   for (int64_t i = 0; i < x.dim(); ++i) {
     const int64_t axis = i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i;
