@@ -34,7 +34,8 @@ def run(case: Case, device: str, backend: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", all_cases(DTYPES, LAYOUTS), ids=str)
 def test_against_float64(case: Case, target: tuple[str, str]) -> None:
-    check(case, run(case, *target), make(case))
+    # The composition inherits the rounding of ATen's kernels, layout by layout.
+    check(case, run(case, *target), make(case), same_layout=target[1] == "reference")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,14 +1,13 @@
 """The operators composed from ATen: every device's fallback, and what CPU users run.
 
-Each operator works on *pieces*, the parts of equal size into which channels and groups cut a
-sample, in one of two views that need no copy of x:
+ATen's batch norm kernels are the only ones that sweep a CPU tensor once a pass, so x is brought
+before them with one *virtual channel* a piece, the parts of equal size into which channels and
+groups cut a sample; the moments of pieces are then merged into cells by Chan's rule.
 
-* ``_Runs``: a piece is a virtual channel of ATen's batch norm, the one kernel that sweeps a CPU
-  tensor once a pass. NCHW with any nested groups, NHWC with whole channels. Groups that straddle
-  channels are virtual channels themselves, and the affine is a pass of its own.
-* ``_Rows``: NHWC memory as (sets, samples, ranges, positions, C), plain sums over rows.
-
-The moments of pieces are merged into cells by Chan's rule.
+* NCHW, any nested groups: a view. NHWC, whole channels: x as it is.
+* NHWC otherwise: one copy that moves rows of C contiguous values, cheap beside a transposition.
+* Groups that straddle channels are virtual channels themselves, in NCHW, and the affine, which
+  changes inside them, is a pass of its own.
 """
 
 from __future__ import annotations
@@ -23,150 +22,102 @@ from fusednorm.reference import cells
 from fusednorm.reference.cells import NONE, accumulation_dtype
 
 
-class _Runs(NamedTuple):
-    """x as (samples, sets*pieces, run); vectors "per piece" have sets*pieces entries."""
+class _Pieces(NamedTuple):
+    """How ATen sees x; vectors "per piece" have one entry a virtual channel, in ATen's order."""
 
-    view: tuple[int, ...]
+    samples: int  # of one set
     sets: int  # sample sets: N with per_sample, else 1
+    channels: int
+    run: int  # elements of a piece in a sample
     per_channel: int  # pieces a channel, 0 where pieces are groups that straddle channels
     per_group: int  # pieces a group
+    layout: str  # "view" for (samples, pieces, run), "same" for x itself, or "rows"
 
     @property
     def size(self) -> int:
         """Elements of a piece."""
-        return self.view[0] * self.view[2]
+        return self.samples * self.run
 
     def of(self, x: Tensor) -> Tensor:
-        # NHWC comes here with whole channels only: ATen reads it as it is.
-        return x if is_nhwc(x) else x.view(self.view)
+        """x (dense) with a virtual channel a piece."""
+        if self.layout == "same":
+            return x
+        if self.layout == "view":
+            return x.view(self.samples, -1, self.run)
+        # Rows (sample, position), columns (set, range, channel): NHWC with more channels.
+        rows = self._memory(x).permute(1, 3, 0, 2, 4).reshape(self.samples, self.run, 1, -1)
+        return rows.permute(0, 3, 1, 2)
 
-    def back(self, t: Tensor, x: Tensor) -> Tensor:
-        """t in x's shape, as a tensor of its own: views may not be modified in place later on."""
-        return t if t.shape == x.shape else torch.ops.aten._unsafe_view(t, x.shape)
+    def back(self, v: Tensor, x: Tensor) -> Tensor:
+        """The inverse of ``of``, never a view: those may not be modified in place later on."""
+        if self.layout == "same":
+            return v
+        if self.layout == "view":
+            return v if v.shape == x.shape else torch.ops.aten._unsafe_view(v, x.shape)
+        out = torch.empty_like(x)
+        memory = self._memory(out)
+        sets, samples, ranges, run, channels = memory.shape
+        rows = v.permute(0, 2, 3, 1).view(samples, run, sets, ranges, channels)
+        memory.copy_(rows.permute(2, 0, 3, 1, 4))
+        return out
+
+    def _memory(self, x: Tensor) -> Tensor:
+        """NHWC memory as (sets, samples, ranges, positions, channels)."""
+        shape = (self.sets, self.samples, self.per_channel, self.run, self.channels)
+        return x.movedim(1, -1).view(shape)
+
+    def _to_aten(self, v: Tensor) -> Tensor:
+        """(set, channel, range), the order of pieces, to (set, range, channel)."""
+        if self.layout != "rows" or self.per_channel == 1:
+            return v
+        return v.view(self.sets, self.channels, -1).transpose(1, 2).reshape(-1)
+
+    def _from_aten(self, v: Tensor) -> Tensor:
+        if self.layout != "rows" or self.per_channel == 1:
+            return v
+        return v.view(self.sets, -1, self.channels).transpose(1, 2).reshape(-1)
 
     def from_channels(self, v: Tensor | None) -> Tensor | None:
         if v is None or (self.per_channel == 1 and self.sets == 1):
             return v
-        return v.repeat_interleave(self.per_channel).repeat(self.sets)
+        return self._to_aten(v.repeat_interleave(self.per_channel).repeat(self.sets))
 
     def from_cells(self, v: Tensor) -> Tensor:
         v = v.reshape(-1)
-        return v if self.per_group == 1 else v.repeat_interleave(self.per_group)
+        return self._to_aten(v if self.per_group == 1 else v.repeat_interleave(self.per_group))
 
     def to_channels(self, v: Tensor) -> Tensor:
-        return v.view(self.sets, -1, self.per_channel).sum((0, 2))
+        return self._from_aten(v).view(self.sets, -1, self.per_channel).sum((0, 2))
 
     def to_cells(self, v: Tensor) -> Tensor:
         """(sets, G, pieces a group)"""
-        return v.view(self.sets, -1, self.per_group)
-
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = torch.batch_norm_update_stats(self.of(x), None, None, 0.0)
-        return mean, var
-
-    def affine(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """weight*(x - mean)*rstd + bias, all per piece: batch norm with running statistics."""
-        xv = self.of(x)
-        y = torch.native_batch_norm(xv, weight, bias, mean, rstd.pow(-2), False, 0.0, 0.0)[0]
-        return self.back(y, x)
-
-    def sums(self, h: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-        """sum h*xhat and sum h per piece: batch norm's backward for its parameters only."""
-        _, hx, h = torch.ops.aten.native_batch_norm_backward(
-            self.of(h), self.of(x), None, mean, rstd.pow(-2), None, None, False, 0.0,
-            [False, True, True],
-        )  # fmt: skip
-        return hx, h
-
-    def gradient(
-        self, h: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dx, sum h*xhat and sum h where every piece is a cell with live statistics."""
-        dx, hx, h = torch.ops.aten.native_batch_norm_backward(
-            self.of(h), self.of(x), weight, None, None, mean, rstd, True, 0.0, [True] * 3
-        )
-        return self.back(dx, x), hx, h
-
-    def addcmul_(self, out: Tensor, h: Tensor, scale: Tensor) -> Tensor:
-        scale = scale.view(1, -1, *([1] * (self.of(h).dim() - 2)))
-        self.of(out).addcmul_(self.of(h), scale)
-        return out
+        return self._from_aten(v).view(self.sets, -1, self.per_group)
 
 
-class _Rows(_Runs):
-    """NHWC memory as (sets, samples, ranges, positions, C); per piece means (set, channel, range)."""
-
-    @property
-    def size(self) -> int:
-        return self.view[1] * self.view[3]
-
-    def of(self, x: Tensor) -> Tensor:
-        return x.movedim(1, -1).view(self.view)
-
-    def spread(self, v: Tensor) -> Tensor:
-        sets, _, ranges, _, channels = self.view
-        return v.view(sets, 1, channels, ranges, 1).transpose(2, 4).transpose(2, 3)
-
-    def total(self, rows: Tensor) -> Tensor:
-        # Positions first: an inner loop over contiguous channels.
-        return rows.sum(3).sum(1).transpose(1, 2).reshape(-1)
-
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.of(x)
-        mean = self.total(rows) / self.size
-        return mean, self.total((rows - self.spread(mean)).square_()) / self.size
-
-    def affine(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        y = torch.empty_like(x)
-        rows = torch.sub(self.of(x), self.spread(mean), out=self.of(y))
-        scale = self.spread(rstd if weight is None else rstd * weight)
-        if bias is None:
-            rows.mul_(scale)
-        else:
-            torch.addcmul(self.spread(bias), rows, scale, out=rows)
-        return y
-
-    def sums(self, h: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-        hv = self.of(h)
-        return self.total((self.of(x) - self.spread(mean)).mul_(hv)) * rstd, self.total(hv)
-
-    def addcmul_(self, out: Tensor, h: Tensor, scale: Tensor) -> Tensor:
-        self.of(out).addcmul_(self.of(h), self.spread(scale))
-        return out
-
-
-def _seen_as_pieces(x: Tensor, num_groups: int, per_sample: bool) -> tuple[Tensor, _Runs]:
-    """x in the accumulation dtype, dense in a layout its pieces can be read in, and the view."""
+def _seen_as_pieces(x: Tensor, num_groups: int, per_sample: bool) -> tuple[Tensor, _Pieces]:
+    """x in the accumulation dtype, dense in a layout its pieces can be read in, and how."""
     n, c = x.shape[:2]
     sets, wide = n if per_sample else 1, canonical(x).to(accumulation_dtype(x.dtype))
     straddling = bool(num_groups % c and c % num_groups)
     pieces = num_groups if straddling else max(c, num_groups)
     per_channel = 0 if straddling else pieces // c
-    run = x.numel() // (n * pieces)
-    shape = (sets, per_channel, pieces // num_groups)
     if straddling:
         wide = wide.contiguous()
-    elif is_nhwc(wide) and (sets > 1 or per_channel > 1):
-        return wide, _Rows((sets, n // sets, per_channel, run, c), *shape)
-    return wide, _Runs((n // sets, sets * pieces, run), *shape)
+    layout = "view"
+    if is_nhwc(wide):
+        layout = "same" if sets == per_channel == 1 else "rows"
+    run = x.numel() // (n * pieces)
+    return wide, _Pieces(n // sets, sets, c, run, per_channel, pieces // num_groups, layout)
 
 
-def _merge(p: _Runs, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of cells, (sets, G), from those of their pieces, all of one size."""
+def _moments(xv: Tensor, p: _Pieces) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of cells, (sets, G), from those of their pieces, all of one size."""
+    mean, var = torch.batch_norm_update_stats(xv, None, None, 0.0)
+    if p.layout != "view":
+        # In NHWC ATen adds up in float32 row by row; sum() cascades. Its second moment about an
+        # inexact mean is too large by the square of the error.
+        inexact, mean = mean, xv.mean([d for d in range(xv.dim()) if d != 1])
+        var = (var - (mean - inexact).square()).clamp_min_(0)
     pieces = p.to_cells(mean)
     if p.per_group == 1:
         return pieces[..., 0], p.to_cells(var)[..., 0]
@@ -191,17 +142,16 @@ def norm_forward(
         mean, var = x.new_zeros((2, *shape), dtype=accumulation_dtype(x.dtype)).unbind()
         return torch.empty_like(canonical(x)), mean.clone(), (var + eps).rsqrt(), var.clone()
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
-    if type(p) is _Runs and p.per_channel == 1 and p.sets == p.per_group == 1 and p.size > 1:
+    xv = p.of(wide)
+    if p.per_channel == p.per_group == p.sets == 1 and p.size > 1:
         # Plain batch norm: one call. Its running variance, which is unbiased, tells the variance.
         mean, unbiased = wide.new_zeros(2, num_groups).unbind()
-        z, mean, rstd = torch.native_batch_norm(
-            p.of(wide), weight, bias, mean, unbiased, True, 1.0, eps
-        )
-        z, var = p.back(z, wide), unbiased * ((p.size - 1) / p.size)
+        zv, mean, rstd = torch.native_batch_norm(xv, weight, bias, mean, unbiased, True, 1.0, eps)
+        z, var = p.back(zv, wide), unbiased * ((p.size - 1) / p.size)
     else:
-        mean, var = _merge(p, *p.moments(wide))
+        mean, var = _moments(xv, p)
         rstd = (var + eps).rsqrt()
-        z = _affine(wide, p, mean, rstd, weight, bias)
+        z = _preactivation(wide, xv, p, mean, rstd, weight, bias)
     y = _finish(z, x, residual, act, slope)
     return y, mean.reshape(shape), rstd.reshape(shape), var.reshape(shape)
 
@@ -221,7 +171,8 @@ def norm_apply(
     if x.numel() == 0:
         return torch.empty_like(canonical(x))
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
-    return _finish(_affine(wide, p, mean, rstd, weight, bias), x, residual, act, slope)
+    z = _preactivation(wide, p.of(wide), p, mean, rstd, weight, bias)
+    return _finish(z, x, residual, act, slope)
 
 
 def norm_backward(
@@ -245,26 +196,39 @@ def norm_backward(
         dresidual = torch.empty_like(out) if wants_dresidual else x.new_empty(0)
         return torch.empty_like(out), dweight, dbias, dresidual
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
-    h = like(dy.to(mean.dtype), wide)
+    xv, h = p.of(wide), like(dy.to(mean.dtype), wide)
     if act != NONE:
-        z = _affine(wide, p, mean, rstd, weight, bias)
+        z = _preactivation(wide, xv, p, mean, rstd, weight, bias)
         if residual is not None:
             z.add_(residual)
         h = _activation_backward(h, z, act, slope)
-    grad = _nested_backward if p.per_channel else _straddling_backward
-    dx, dweight, dbias = grad(h, wide, p, p.from_cells(mean), p.from_cells(rstd), weight, live)
+    backward = _nested_backward if p.per_channel else _straddling_backward
+    dxv, dweight, dbias = backward(h, xv, p, p.from_cells(mean), p.from_cells(rstd), weight, live)
     dresidual = like(h.to(x.dtype), out) if wants_dresidual else x.new_empty(0)
-    return like(dx.to(x.dtype), out), dweight, dbias, dresidual
+    return like(p.back(dxv, wide).to(x.dtype), out), dweight, dbias, dresidual
 
 
-def _affine(
-    x: Tensor, p: _Runs, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+def _frozen(
+    xv: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """weight*(x - mean)*rstd + bias, all per piece: batch norm with running statistics."""
+    return torch.native_batch_norm(xv, weight, bias, mean, rstd.pow(-2), False, 0.0, 0.0)[0]
+
+
+def _preactivation(
+    x: Tensor,
+    xv: Tensor,
+    p: _Pieces,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """weight[c]*(x - mean)*rstd + bias[c] from statistics of cells, in fresh memory."""
     mean, rstd = p.from_cells(mean), p.from_cells(rstd)
     if p.per_channel:
-        return p.affine(x, mean, rstd, p.from_channels(weight), p.from_channels(bias))
-    z = p.affine(x, mean, rstd)
+        return p.back(_frozen(xv, mean, rstd, p.from_channels(weight), p.from_channels(bias)), x)
+    z = p.back(_frozen(xv, mean, rstd, None, None), x)
     if weight is not None:
         z.mul_(cells.per_channel(weight, x))
     return z if bias is None else z.add_(cells.per_channel(bias, x))
@@ -287,41 +251,62 @@ def _activation_backward(h: Tensor, z: Tensor, act: int, slope: float) -> Tensor
     return torch.ops.aten.leaky_relu_backward(h, z, slope, False)
 
 
+def _sums(
+    hv: Tensor, xv: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx of live statistics (if asked for), sum h*xhat and sum h, per virtual channel."""
+    frozen = (None, None) if dx else (mean, rstd.pow(-2))
+    return torch.ops.aten.native_batch_norm_backward(
+        hv, xv, weight, *frozen, mean, rstd, dx, 0.0, [dx, True, True]
+    )
+
+
 def _nested_backward(
-    h: Tensor, x: Tensor, p: _Runs, mean: Tensor, rstd: Tensor, weight: Tensor | None, live: float
+    h: Tensor,
+    xv: Tensor,
+    p: _Pieces,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    live: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean and rstd are per piece; one sweep for the sums, two for dx."""
-    w = p.from_channels(weight)
-    if live == 1 and p.per_group == 1 and type(p) is _Runs:
-        dx, sum_hx, sum_h = p.gradient(h, x, mean, rstd, w)
-        return dx, p.to_channels(sum_hx), p.to_channels(sum_h)
-    sum_hx, sum_h = p.sums(h, x, mean, rstd)
-    scale = rstd if w is None else rstd * w
-    if live:
-        # The part in x first, -rstd*(m0 + xhat*m1): it is an affine sweep itself.
-        share = -live / (p.size * p.per_group)
-        m0, m1 = (
-            p.from_cells(p.to_cells(s if w is None else s * w).sum(2)) * share
-            for s in (sum_h, sum_hx)
-        )
-        dx = p.addcmul_(p.affine(x, mean, rstd, rstd * m1, rstd * m0), h, scale)
-    else:
-        dx = p.addcmul_(torch.zeros_like(x), h, scale)
-    return dx, p.to_channels(sum_hx), p.to_channels(sum_h)
+    hv, w = p.of(h), p.from_channels(weight)
+    whole = live == 1 and p.per_group == 1  # ATen's training backward is then all there is to do
+    dxv, sum_hx, sum_h = _sums(hv, xv, mean, rstd, w, whole)
+    if not whole:
+        scale = (rstd if w is None else rstd * w).view(1, -1, *([1] * (hv.dim() - 2)))
+        if live:
+            # The part in x first, -rstd*(m0 + xhat*m1): it is an affine sweep itself.
+            share = -live / (p.size * p.per_group)
+            m0, m1 = (
+                p.from_cells(p.to_cells(s if w is None else s * w).sum(2)) * share
+                for s in (sum_h, sum_hx)
+            )
+            dxv = _frozen(xv, mean, rstd, rstd * m1, rstd * m0).addcmul_(hv, scale)
+        else:
+            dxv = hv * scale
+    return dxv, p.to_channels(sum_hx), p.to_channels(sum_h)
 
 
 def _straddling_backward(
-    h: Tensor, x: Tensor, p: _Runs, mean: Tensor, rstd: Tensor, weight: Tensor | None, live: float
+    h: Tensor,
+    xv: Tensor,
+    p: _Pieces,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    live: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pieces are groups: the weight, which changes inside them, goes into the gradient."""
-    over = [d for d in range(x.dim()) if d != 1]
+    over = [d for d in range(h.dim()) if d != 1]
     dbias = h.sum(over)
-    dweight = p.affine(x, mean, rstd).mul_(h).sum(over)
-    g = h if weight is None else h * cells.per_channel(weight, x)
-    dx = p.addcmul_(torch.zeros_like(x), g, rstd)
+    dweight = p.back(_frozen(xv, mean, rstd, None, None), h).mul_(h).sum(over)
+    gv = p.of(h if weight is None else h * cells.per_channel(weight, h))
+    dxv = gv * rstd.view(1, -1, 1)
     if live:
-        dx = torch.lerp(dx, p.gradient(g, x, mean, rstd, None)[0], live)
-    return dx, dweight, dbias
+        dxv = torch.lerp(dxv, _sums(gv, xv, mean, rstd, None, True)[0], live)
+    return dxv, dweight, dbias
 
 
 def update_running(

@@ -37,7 +37,8 @@ SCHEMAS = {
     "Tensor? bias, Tensor? residual, int num_groups, bool per_sample, float live, int act, "
     "float slope) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "update_running": "(Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, float? momentum, SymInt count) -> ()",
+    "Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, float? momentum, "
+    "SymInt count) -> ()",
 }
 NAMESPACES = {
     "cuda": "fusednorm",
