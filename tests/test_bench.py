@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -53,12 +54,17 @@ def case(op="batch_norm", **changes):
     return dataclasses.replace(base, **changes)
 
 
-@pytest.mark.parametrize("dims", [(4, 32, 6, 5), (4, 32), (3, 32, 2, 3, 5)])
-@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op, dims",
+    [
+        pytest.param(op, dims, id=f"{op.name}-{'x'.join(map(str, dims))}")
+        for op in OPS.values()
+        for dims in ((4, 32, 6, 5), (4, 32), (3, 32, 2, 3, 5))
+        if not op.misfit(dims)
+    ],
+)
 def test_float64_truth_is_pytorchs(op, dims):
     """The composition that judges everyone agrees with torch's own kernels to rounding."""
-    if op.misfit(dims):
-        pytest.skip(op.misfit(dims))
     groups = op.num_groups(dims)
     plain = operands.prepare(PlainNorm(32, groups, op.per_sample, None), "cpu").double()
     x = torch.randn(dims, dtype=torch.float64) + 2
@@ -374,20 +380,21 @@ def test_cpu_users_are_not_punished(layout, promised):
         directions=("both",),
         repetitions=12,
     )
-    best: dict[tuple[str, str], float] = {}
-    # Noise only ever adds time, and a shared machine has bad minutes: the fast decile, of up to
-    # three tries on either side.
+    tries: dict[str, list[float]] = {}
+    # Three tries, the median of their ratios. A ratio is that of the medians or of the fast
+    # deciles, whichever is lower: which allocations fault their pages in moves either by a half on
+    # a shared machine, and a layer that is really too slow is so in both.
     for _ in range(3):
         rows = run(plan).rows
         assert [row.get("error") for row in rows] == [None] * len(rows)
-        for row in rows:
-            key = row["provider"], row["op"]
-            best[key] = min(row["ms_p10"], best.get(key, math.inf))
-        torchs = best["native", "batch_norm"]
-        ratios = {op: ms / torchs for (who, op), ms in best.items() if who == "reference"}
-        if max(ratios.values()) <= promised:
-            break
-    assert len(ratios) == 5
+        times = {(r["provider"], r["op"]): (r["ms_median"], r["ms_p10"]) for r in rows}
+        peer = times["native", "batch_norm"]
+        for (provider, op), ours in times.items():
+            if provider == "reference":
+                ratio = min(mine / theirs for mine, theirs in zip(ours, peer, strict=True))
+                tries.setdefault(op, []).append(ratio)
+    assert len(tries) == 5
+    ratios = {op: statistics.median(r) for op, r in tries.items()}
     assert max(ratios.values()) <= promised, ratios
 
 

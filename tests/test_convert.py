@@ -7,7 +7,6 @@ import functools
 
 import pytest
 import torch
-from models import timm, torchvision
 from torch import nn
 
 from fusednorm import (
@@ -18,6 +17,7 @@ from fusednorm import (
     convert_norm,
     revert_norm,
 )
+from models import timm, torchvision
 
 bgn = functools.partial(BatchGroupNorm, num_groups=8)
 

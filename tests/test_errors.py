@@ -24,11 +24,11 @@ BGN_ERRORS = {
     "no groups": (X, 0, {}, ValueError, "num_groups: expected a divisor of 150.*got 0"),
     "integers": (X.long(), 6, {}, TypeError, "input: expected float16.*got torch.int64"),
     "complex": (X.cfloat(), 6, {}, TypeError, "input: expected float16.*got torch.complex64"),
-    "weight": (X, 6, {"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(6,\).*\(5,\)"),
+    "weight": (X, 6, {"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(6,\).*5"),
     "weight rank": (X, 6, {"weight": torch.ones(1, 6)}, ValueError, r"weight: .*got \(1, 6\)"),
     "bias": (X, 6, {"bias": torch.ones(3)}, ValueError, r"bias: expected shape \(6,\)"),
     "bias dtype": (X, 6, {"bias": torch.ones(6).int()}, TypeError, "bias: expected a floating"),
-    "residual": (X, 6, {"residual": X[:2]}, ValueError, r"residual: .*\(4, 6, 5, 5\).*\(2, 6, 5, 5\)"),
+    "residual": (X, 6, {"residual": X[:2]}, ValueError, r"residual: .*\(4, 6, 5, 5\).*\(2,"),
     "residual dtype": (X, 6, {"residual": X.half()}, TypeError, "residual: .*float32.*float16"),
     "running": (X, 6, stats(3), ValueError, r"running_mean: expected shape \(6,\), num_groups"),
     "one running": (X, 6, {"running_mean": torch.zeros(6)}, ValueError, "both or neither"),
@@ -111,6 +111,6 @@ def test_unavailable_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RuntimeError, match="'triton' takes CUDA tensors, got input on cpu"):
         FF.batch_norm(X, None, None, training=True)
     monkeypatch.setattr(choice, "HAS_NATIVE", False)
-    with pytest.raises(RuntimeError, match="'cuda' is not available: the compiled library"):
-        with fusednorm.backend("cuda"):
-            pass
+    missing = pytest.raises(RuntimeError, match="'cuda' is not available: the compiled library")
+    with missing, fusednorm.backend("cuda"):
+        pass

@@ -159,10 +159,10 @@ def test_backend_choice() -> None:
     x = torch.randn(2, 3, 4)
     with fusednorm.backend("reference"):
         fusednorm.functional.batch_norm(x, None, None, training=True)
-    with pytest.raises(ValueError, match="unknown backend 'opencl'.*'auto'.*'triton'"):
-        with fusednorm.backend("opencl"):
-            pass
+    unknown = pytest.raises(ValueError, match="unknown backend 'opencl'.*'auto'.*'triton'")
+    with unknown, fusednorm.backend("opencl"):
+        pass
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="'cuda' is not available.*'reference'"):
-            with fusednorm.backend("cuda"):
-                pass
+        missing = pytest.raises(RuntimeError, match="'cuda' is not available.*'reference'")
+        with missing, fusednorm.backend("cuda"):
+            pass

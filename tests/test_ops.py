@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, in_layout, make
 
+from cases import Case, in_layout, make
 from fusednorm.ops import NAMESPACES
 from fusednorm.ops.schema import SCHEMAS
 

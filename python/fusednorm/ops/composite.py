@@ -38,23 +38,30 @@ class _Pieces(NamedTuple):
         """Elements of a piece."""
         return self.samples * self.run
 
-    def of(self, x: Tensor) -> Tensor:
-        """x (dense) with a virtual channel a piece."""
+    def of(self, x: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """x (dense) with a virtual channel a piece; a copy goes into ``scratch``, if given."""
         if self.layout == "same":
             return x
         if self.layout == "view":
             return x.view(self.samples, -1, self.run)
         # Rows (sample, position), columns (set, range, channel): NHWC with more channels.
-        rows = self._memory(x).permute(1, 3, 0, 2, 4).reshape(self.samples, self.run, 1, -1)
-        return rows.permute(0, 3, 1, 2)
+        source = self._memory(x).permute(1, 3, 0, 2, 4)
+        scratch = torch.empty_like(x) if scratch is None else scratch
+        rows = scratch.movedim(1, -1).view(source.shape).copy_(source)
+        return rows.view(self.samples, self.run, 1, -1).permute(0, 3, 1, 2)
 
-    def back(self, v: Tensor, x: Tensor) -> Tensor:
+    def scratch(self, x: Tensor) -> Tensor | None:
+        """Fresh memory that first serves a copy of x and then takes the result: on the CPU the
+        page faults of a large allocation cost more than a sweep."""
+        return torch.empty_like(x) if self.layout == "rows" else None
+
+    def back(self, v: Tensor, x: Tensor, scratch: Tensor | None = None) -> Tensor:
         """The inverse of ``of``, never a view: those may not be modified in place later on."""
         if self.layout == "same":
             return v
         if self.layout == "view":
             return v if v.shape == x.shape else torch.ops.aten._unsafe_view(v, x.shape)
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if scratch is None else scratch
         memory = self._memory(out)
         sets, samples, ranges, run, channels = memory.shape
         rows = v.permute(0, 2, 3, 1).view(samples, run, sets, ranges, channels)
@@ -142,7 +149,8 @@ def norm_forward(
         mean, var = x.new_zeros((2, *shape), dtype=accumulation_dtype(x.dtype)).unbind()
         return torch.empty_like(canonical(x)), mean.clone(), (var + eps).rsqrt(), var.clone()
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
-    xv = p.of(wide)
+    scratch = p.scratch(wide)
+    xv = p.of(wide, scratch)
     if p.per_channel == p.per_group == p.sets == 1 and p.size > 1:
         # Plain batch norm: one call. Its running variance, which is unbiased, tells the variance.
         mean, unbiased = wide.new_zeros(2, num_groups).unbind()
@@ -151,7 +159,7 @@ def norm_forward(
     else:
         mean, var = _moments(xv, p)
         rstd = (var + eps).rsqrt()
-        z = _preactivation(wide, xv, p, mean, rstd, weight, bias)
+        z = _preactivation(wide, xv, p, mean, rstd, weight, bias, scratch)
     y = _finish(z, x, residual, act, slope)
     return y, mean.reshape(shape), rstd.reshape(shape), var.reshape(shape)
 
@@ -171,7 +179,8 @@ def norm_apply(
     if x.numel() == 0:
         return torch.empty_like(canonical(x))
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
-    z = _preactivation(wide, p.of(wide), p, mean, rstd, weight, bias)
+    scratch = p.scratch(wide)
+    z = _preactivation(wide, p.of(wide, scratch), p, mean, rstd, weight, bias, scratch)
     return _finish(z, x, residual, act, slope)
 
 
@@ -196,7 +205,8 @@ def norm_backward(
         dresidual = torch.empty_like(out) if wants_dresidual else x.new_empty(0)
         return torch.empty_like(out), dweight, dbias, dresidual
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
-    xv, h = p.of(wide), like(dy.to(mean.dtype), wide)
+    scratch = p.scratch(wide)
+    xv, h = p.of(wide, scratch), like(dy.to(mean.dtype), wide)
     if act != NONE:
         z = _preactivation(wide, xv, p, mean, rstd, weight, bias)
         if residual is not None:
@@ -205,7 +215,7 @@ def norm_backward(
     backward = _nested_backward if p.per_channel else _straddling_backward
     dxv, dweight, dbias = backward(h, xv, p, p.from_cells(mean), p.from_cells(rstd), weight, live)
     dresidual = like(h.to(x.dtype), out) if wants_dresidual else x.new_empty(0)
-    return like(p.back(dxv, wide).to(x.dtype), out), dweight, dbias, dresidual
+    return like(p.back(dxv, wide, scratch).to(x.dtype), out), dweight, dbias, dresidual
 
 
 def _frozen(
@@ -223,11 +233,13 @@ def _preactivation(
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """weight[c]*(x - mean)*rstd + bias[c] from statistics of cells, in fresh memory."""
+    """weight[c]*(x - mean)*rstd + bias[c] from statistics of cells, in scratch or fresh memory."""
     mean, rstd = p.from_cells(mean), p.from_cells(rstd)
     if p.per_channel:
-        return p.back(_frozen(xv, mean, rstd, p.from_channels(weight), p.from_channels(bias)), x)
+        zv = _frozen(xv, mean, rstd, p.from_channels(weight), p.from_channels(bias))
+        return p.back(zv, x, scratch)
     z = p.back(_frozen(xv, mean, rstd, None, None), x)
     if weight is not None:
         z.mul_(cells.per_channel(weight, x))
