@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import fusednorm.functional as FF
 from cases import Case, all_cases, check, in_layout, make
+from fusednorm.layout import canonical, like
 from fusednorm.ops import Apply, Normalize
-from fusednorm.ops.layout import canonical, like
 from test_reference import GOLDEN, PREFIXES, golden
 
 LAYOUTS = ("nchw", "nhwc", "slice")

@@ -18,19 +18,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from fusednorm.triton_kernels import launch, layout, plan
+from fusednorm.triton_kernels import launch, plan
 from fusednorm.triton_kernels.geometry import Geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-import fusednorm.ops.layout
 from cases import Case, all_cases, check, in_layout, make
 from fusednorm import triton_kernels as kernels
+from fusednorm.layout import canonical
 from fusednorm.reference import cells
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,7 +82,7 @@ def verify(case: Case) -> None:
         assert grads.pop("dweight").shape == grads.pop("dbias").shape == (case.shape[1],)
     del out["rstd"]
     check(case, out | grads, make(case))
-    assert out["y"].stride() == torch.empty_like(layout.canonical(make(case).x)).stride()
+    assert out["y"].stride() == torch.empty_like(canonical(make(case).x)).stride()
 
 
 # Every dtype x layout x kind of group x set of statistics, on one shape that has all kinds.
@@ -319,32 +320,6 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
-def test_layouts_agree_with_the_operators() -> None:
-    """layout.py is a copy that keeps the kernels free of the package: held to its original."""
-    dense = torch.randn(2, 3, 4, 5)
-    tensors = [in_layout(dense, f) for f in LAYOUTS] + [
-        dense.permute(0, 3, 1, 2),
-        dense.permute(3, 2, 1, 0),
-        in_layout(dense, "nhwc")[:, :, ::2],
-        in_layout(dense, "nhwc")[:1],
-        in_layout(dense[:, :1], "nhwc"),
-        in_layout(dense[:, :, :1, :1], "nhwc"),
-        torch.randn(2, 4, 3).transpose(1, 2),
-        torch.randn(2, 4, 4, 4, 3).movedim(-1, 1),
-        torch.randn(6, 3).t(),
-        dense[:, :, :0],
-        dense[:1, :1].expand(2, 3, 4, 5),
-    ]
-    for t in tensors:
-        assert layout.is_nhwc(t) == fusednorm.ops.layout.is_nhwc(t), t.stride()
-        ours, theirs = layout.canonical(t), fusednorm.ops.layout.canonical(t)
-        assert ours.stride() == theirs.stride(), t.stride()
-        for other in tensors[:3]:
-            if other.shape == t.shape:
-                a, b = layout.like(other, ours), fusednorm.ops.layout.like(other, theirs)
-                assert a.stride() == b.stride() == ours.stride()
-
-
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
     n, c, s = (draw(st.integers(1, m)) for m in (4, 24, 40))
@@ -409,8 +384,17 @@ if not INTERPRETED:
     for _name in [name for name in globals() if name.startswith("test_")]:
         del globals()[_name]
 
-    def test_in_an_interpreting_process() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    def interpreted(*arguments: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+    def test_in_an_interpreting_process() -> None:
+        interpreted(__file__)
+
+    def test_public_api_in_an_interpreting_process() -> None:
+        """Operators, functions and modules on the Triton backend: the tests of every backend."""
+        files = [str(Path(__file__).with_name(f"test_{n}.py")) for n in ("ops", "modules", "norms")]
+        # test_against_float64 would repeat what this file does kernel by kernel.
+        interpreted(*files, "-k", "cpu-triton and not against_float64")

@@ -2,7 +2,6 @@
 
     geometry.py    integers: channels, groups and their common refinement, the pieces
     plan.py        launch plans: frozen data, pure functions of shape, layout and device numbers
-    layout.py      the two dense memory layouts
     welford.py     statistics: one value a lane, then lanes, then partials
     pointwise.py   one element: z, act(z), act'(z)*dy
     runs.py        sweeps over contiguous runs (NCHW), or the same with a stride

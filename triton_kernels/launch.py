@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusednorm.layout import canonical, is_nhwc, like
+
 from . import columns, combine, runs
 from .geometry import Geometry
-from .layout import canonical, is_nhwc, like
 from .plan import Plan, Sweep, ceil_div, combine_steps, make_plan
 
 # Read when kernels are decorated, as Triton does: later changes of the variable have no effect.

@@ -77,7 +77,7 @@ void check_same_device(const char* name, const Tensor& t, const char* other, con
 void require_cuda(const char* op, const Tensor& x);
 
 // x itself if it is dense NCHW or NHWC of any rank, else a dense copy in the layout it leans
-// towards; the Python side's fake kernels follow the same rule (fusednorm/ops/layout.py).
+// towards; the Python side's fake kernels follow the same rule (fusednorm/layout.py).
 Tensor canonical(const Tensor& x);
 bool is_nhwc(const Tensor& x);
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusednorm.layout import canonical, like
 from fusednorm.ops import NAMESPACES, Apply, Config, Normalize, resolve
-from fusednorm.ops.layout import canonical, like
 from fusednorm.reference import cells
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

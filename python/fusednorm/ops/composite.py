@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusednorm.ops.layout import canonical, is_nhwc, like
+from fusednorm.layout import canonical, is_nhwc, like
 from fusednorm.reference import cells
 from fusednorm.reference.cells import NONE, accumulation_dtype
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusednorm.ops.layout import like
+from fusednorm.layout import like
 from fusednorm.ops.schema import NAMESPACES
 from fusednorm.reference import cells
 

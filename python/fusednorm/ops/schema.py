@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusednorm.layout import canonical
 from fusednorm.ops import composite
-from fusednorm.ops.layout import canonical
 from fusednorm.reference.cells import accumulation_dtype
 
 SCHEMAS = {
