@@ -13,7 +13,7 @@ import torch
 import fusednorm
 
 sys.path.insert(0, str(Path(__file__).parent))
-# Two workers share two cores; more threads only contend.
+# pytest-xdist starts a worker a core; more threads only contend.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 TARGETS = [("cpu", "reference")]

@@ -66,6 +66,19 @@ def test_fullgraph_with_dynamic_sizes(name: str, target: tuple[str, str]) -> Non
         torch.testing.assert_close(run(x), eager(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_everything_symbolic(name: str, training: bool, target: tuple[str, str]) -> None:
+    """dynamic=True on the norm alone: even the channels are a symbol to the tracer."""
+    torch._dynamo.reset()
+    norm = MAKERS[name]().to(target[0]).train(training)
+    eager = copy.deepcopy(norm)
+    run = torch.compile(norm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 3):
+        x = torch.randn(n, 8, 6, 6, device=target[0])
+        torch.testing.assert_close(run(x), eager(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_inductor(layout: torch.memory_format, target: tuple[str, str]) -> None:
     """Through code generation, in both layouts, with the output's memory format kept."""

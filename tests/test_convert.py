@@ -78,15 +78,19 @@ def test_timm_model_built_with_our_layer() -> None:
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
-def test_revert_is_the_inverse() -> None:
+@pytest.mark.parametrize("factory", [BatchNorm, functools.partial(BatchGroupNorm, num_groups=4)])
+def test_revert_is_the_inverse(factory) -> None:
     model = nn.Sequential(
-        nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4, eps=1e-3, momentum=None), nn.SyncBatchNorm(4)
+        nn.Conv1d(3, 4, 3),
+        nn.BatchNorm1d(4, eps=1e-3, momentum=None),
+        nn.BatchNorm3d(4, affine=False, track_running_stats=False),
     )
     model[1].weight.requires_grad_(False)
     model[2].eval()
     before = copy.deepcopy(model.state_dict())
-    revert_norm(convert_norm(model, BatchNorm))
-    assert [type(m) for m in model] == [nn.Conv1d, nn.BatchNorm1d, nn.SyncBatchNorm]
+    revert_norm(convert_norm(model, factory))
+    assert [type(m) for m in model] == [nn.Conv1d, nn.BatchNorm1d, nn.BatchNorm3d]
+    assert not model[2].affine and not model[2].track_running_stats
     assert model[1].eps == 1e-3 and model[1].momentum is None
     assert not model[1].weight.requires_grad and not model[2].training and model[1].training
     after = model.state_dict()
@@ -108,13 +112,13 @@ def test_report_says_what_was_kept_and_why() -> None:
     model = nn.ModuleDict(
         {"a": nn.BatchNorm2d(8), "b": nn.LayerNorm(8), "c": Custom(8), "d": nn.LazyBatchNorm2d()}
     )
-    model["e"], report = nn.BatchNorm2d(8), ConversionReport()
+    model["e"], model["f"], report = nn.BatchNorm2d(8), nn.SyncBatchNorm(8), ConversionReport()
     convert_norm(model, bgn, predicate=lambda name, module: name != "e", report=report)
     assert list(report.swapped) == ["a"]
-    assert report.kept.keys() == set("bcde")
-    for name, why in (("b", "not a batch norm"), ("c", "does more"), ("e", "predicate")):
-        assert why in report.kept[name]
-    assert "1 swapped, 4 kept" in str(report)
+    assert report.kept.keys() == set("bcdef")
+    reasons = {"b": "not a batch norm", "c": "does more", "e": "predicate", "f": "synchronised"}
+    assert all(why in report.kept[name] for name, why in reasons.items())
+    assert "1 swapped, 5 kept" in str(report)
 
 
 def test_shared_modules_stay_shared() -> None:
@@ -143,6 +147,12 @@ def test_failure_leaves_the_model_untouched() -> None:
     for factory, error, message in (
         (picky, RuntimeError, "no twelves"),
         (lambda c: BatchNorm(c + 1), ValueError, r"factory: expected weight of shape \(8,\)"),
+        (
+            lambda c: nn.Sequential(BatchNorm(c)),
+            ValueError,
+            "factory: expected a layer with weight",
+        ),
+        (lambda c: None, ValueError, "factory: expected a module, got None"),
     ):
         with pytest.raises(error, match=message):
             convert_norm(model, factory)
@@ -151,6 +161,30 @@ def test_failure_leaves_the_model_untouched() -> None:
         convert_norm(nn.Linear(2, 2), BatchNorm)
     with pytest.raises(ValueError, match="no norm layer to swap"):
         revert_norm(model)
+
+
+def test_untracked_and_cumulative_statistics() -> None:
+    """No statistics stay no statistics; a counter comes only with what it counted."""
+    x = torch.randn(4, 8, 3, 3)
+    untracked = nn.BatchNorm2d(8, track_running_stats=False).eval()
+    expected = untracked(x)
+    converted = convert_norm(untracked, BatchNorm)
+    torch.testing.assert_close(converted(x), expected)
+    assert converted.state_dict().keys() == {"weight", "bias"}
+    cumulative = nn.BatchNorm2d(8, momentum=None)
+    cumulative(x)
+    groups = convert_norm(cumulative, functools.partial(BatchGroupNorm, num_groups=2))
+    groups(x)
+    torch.testing.assert_close(groups.running_mean, x.view(4, 2, -1).mean((0, 2)))
+
+
+def test_feature_extraction_from_a_converted_model() -> None:
+    torchvision()
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = convert_norm(small_resnet(), BatchNorm).eval()
+    features = create_feature_extractor(model, ["layer1"])
+    assert features(torch.randn(2, 3, 32, 32))["layer1"].shape == (2, 64, 8, 8)
 
 
 def test_torchs_own_converter_is_known_to_undo_the_swap() -> None:

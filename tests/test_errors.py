@@ -37,6 +37,26 @@ BGN_ERRORS = {
     "empty batch": (X[:0], 6, stats(), ValueError, "more than 1 value per cell.*got 0"),
     "device": (X, 6, {"weight": torch.ones(6, device="meta")}, RuntimeError, "weight: .*cpu.*meta"),
     "residual device": (X, 6, {"residual": X.to("meta")}, RuntimeError, "residual: .*cpu.*meta"),
+    "groups type": (X, 2.0, {}, ValueError, "num_groups: expected a divisor of 150.*got 2.0"),
+    "act type": (X, 6, {"act": ["relu"]}, ValueError, r"act: expected one of.*got \['relu'\]"),
+    "eps": (X, 6, {"eps": -1.0}, ValueError, "eps: expected at least 0, got -1.0"),
+    "running grad": (
+        X, 6, stats() | {"running_mean": torch.zeros(6, requires_grad=True)},
+        ValueError, "running_mean: expected a buffer",
+    ),
+    "running dtypes": (
+        X, 6, stats() | {"running_var": torch.ones(6).double()},
+        TypeError, "running_var: expected the dtype of running_mean torch.float32.*float64",
+    ),
+    "momentum type": (X, 6, stats() | {"momentum": "a"}, TypeError, "momentum: expected a float"),
+    "counter": (
+        X, 6, stats() | {"num_batches_tracked": torch.zeros(3, dtype=torch.int64)},
+        ValueError, r"num_batches_tracked: expected one int64, got shape \(3,\)",
+    ),
+    "counter device": (
+        X, 6, stats() | {"num_batches_tracked": torch.zeros((), dtype=torch.int64, device="meta")},
+        RuntimeError, "num_batches_tracked: expected device cpu, got meta",
+    ),
     "momentum": (X, 6, stats() | {"momentum": None}, ValueError, "needs num_batches_tracked"),
 }  # fmt: skip
 
@@ -48,7 +68,8 @@ def test_batch_group_norm(name: str) -> None:
     options = dict(options)
     if "running_mean" in options:
         running = {k: v for k, v in options.items() if k.startswith("running")}
-    before = {k: v.clone() for k, v in running.items()}
+        options = {k: v for k, v in options.items() if not k.startswith("running")}
+    before = {k: v.detach().clone() for k, v in running.items()}
     with pytest.raises(error, match=re.compile(message, re.S)):
         FF.batch_group_norm(x, groups, **(running | options), training=True)
     for key, value in running.items():
@@ -91,6 +112,13 @@ def test_a_failed_call_leaves_the_module_as_it_was(make) -> None:
     assert torch.equal(norm.running_var, torch.ones(norm.num_groups))
 
 
+def test_width_is_checked_without_parameters() -> None:
+    norm = BatchGroupNorm(12, 4, affine=False)
+    with pytest.raises(ValueError, match="input: expected 12 channels, got 8"):
+        norm(torch.randn(2, 8, 3, 3))
+    assert norm.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("arguments", [(0, 1), (6, 0), (-3, 1)])
 def test_module_sizes(arguments: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected at least 1"):
@@ -110,7 +138,7 @@ def test_unavailable_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(choice, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="'triton' takes CUDA tensors, got input on cpu"):
         FF.batch_norm(X, None, None, training=True)
-    monkeypatch.setattr(choice, "HAS_NATIVE", False)
-    missing = pytest.raises(RuntimeError, match="'cuda' is not available: the compiled library")
+    monkeypatch.setattr(choice, "NATIVE_MISSING", "the compiled library does not load: why")
+    missing = pytest.raises(RuntimeError, match="'cuda' is not available: .* does not load: why")
     with missing, fusednorm.backend("cuda"):
         pass

@@ -71,13 +71,20 @@ def test_sub_channel_statistics_belong_to_one_resolution() -> None:
             norm(torch.randn(2, 4, 8, 8))
     after = norm.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
+    assert before.keys() == BatchGroupNorm(4, 8).state_dict().keys()
     restored = BatchGroupNorm(4, 8).eval()
     restored.load_state_dict(before)
     with pytest.raises(ValueError, match="expected spatial size 36"):
         restored(torch.randn(2, 4, 8, 8))
     restored(torch.randn(2, 4, 9, 4))
+    average = torch.optim.swa_utils.AveragedModel(BatchGroupNorm(4, 8), use_buffers=True).eval()
+    average.update_parameters(norm)
+    with pytest.raises(ValueError, match="expected spatial size 36"):
+        average(torch.randn(2, 4, 8, 8))
     norm.reset_running_stats()
     norm(torch.randn(2, 4, 8, 8))
+    norm.load_state_dict(BatchGroupNorm(4, 8).state_dict())
+    norm(torch.randn(2, 4, 6, 6))
 
 
 def test_whole_channel_groups_take_any_resolution() -> None:
@@ -105,6 +112,10 @@ def test_autocast_leaves_the_dtype(target: tuple[str, str]) -> None:
         assert y.dtype == torch.bfloat16
         y.float().sum().backward()
         assert norm.weight.grad.dtype == norm.running_var.dtype == torch.float32
+        # A float32 skip connection beside a half branch.
+        with torch.autocast(device, dtype=torch.bfloat16):
+            z = norm(y.detach(), residual=torch.randn(y.shape, device=device))
+        assert z.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -152,6 +163,8 @@ def test_deepcopy_and_pickle(tmp_path) -> None:
         x = torch.randn(2, 4, 6, 6)
         torch.testing.assert_close(twin.eval()(x), norm.eval()(x), rtol=0, atol=0)
         assert twin.spatial_size == 36
+        with pytest.raises(ValueError, match="expected spatial size 36"):
+            twin(torch.randn(2, 4, 8, 8))
 
 
 def test_backend_choice() -> None:
@@ -166,3 +179,28 @@ def test_backend_choice() -> None:
         missing = pytest.raises(RuntimeError, match="'cuda' is not available.*'reference'")
         with missing, fusednorm.backend("cuda"):
             pass
+
+
+def test_strided_running_statistics(target: tuple[str, str]) -> None:
+    """Buffers that are columns of something else: all of them move, and nothing beside them."""
+    both = torch.stack([torch.zeros(6), torch.ones(6)], 1).to(target[0])
+    plain = [both[:, i].clone() for i in (0, 1)]
+    x = torch.randn(4, 6, 3, 3, device=target[0])
+    fusednorm.functional.batch_norm(x, both[:, 0], both[:, 1], training=True)
+    fusednorm.functional.batch_norm(x, *plain, training=True)
+    torch.testing.assert_close(both, torch.stack(plain, 1))
+
+
+def test_fx_sees_one_call() -> None:
+    """Symbolic tracers (feature extractors, quantisation) record a norm as it stands."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), BatchNorm(6, act="relu"), GroupNorm(6, 2)).eval()
+
+    class Leafless(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return isinstance(m, nn.Conv2d)
+
+    graph = Leafless().trace(model)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.fx.GraphModule(model, graph)(x), model(x))
+    calls = [n.target.__name__ for n in graph.nodes if n.op == "call_function"]
+    assert calls == ["batch_group_norm", "group_norm"]

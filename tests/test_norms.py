@@ -117,6 +117,16 @@ def test_is_batch_norm(
         torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_one_sample_is_group_norm(groups: int, layout: str, target: tuple[str, str]) -> None:
+    x = in_layout(torch.randn(1, 6, 5, 4), layout).to(target[0])
+    w, b = torch.randn(2, 6, device=target[0])
+    ours = FF.batch_group_norm(x, groups, None, None, w, b, True)
+    torch.testing.assert_close(ours, F.group_norm(x, groups, w, b), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours, FF.group_norm(x, groups, w, b), rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("groups", [6, 2, 12, 4])
 @pytest.mark.parametrize("act", [None, "relu", "silu", "gelu", "leaky_relu"])
 @pytest.mark.parametrize("per_sample", [False, True])

@@ -101,12 +101,8 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_without_a_compiler_the_wheel_is_pure(pure, tmp_path):
     wheel, _ = pure
     assert wheel.name == f"fusednorm-{fusednorm.__version__}-py3-none-any.whl"
-    assert names(wheel) == modules() | {"fusednorm/py.typed"} | stubs()
+    assert names(wheel) == modules() | {"fusednorm/py.typed"}
     assert import_installed(wheel, tmp_path).is_relative_to(tmp_path)
-
-
-def stubs() -> set[str]:
-    return {f"fusednorm/{p.name}" for p in (ROOT / "python" / "fusednorm").glob("*.pyi")}
 
 
 def test_one_line_says_what_is_missing_and_how_to_get_it(pure):
@@ -157,7 +153,7 @@ def test_wheel_with_the_native_library(tmp_path):
     wheel, _ = build_wheel(ROOT, tmp_path, FUSEDNORM_NATIVE="1")
     expected = rf"fusednorm-{re.escape(fusednorm.__version__)}-py3-none-(many)?linux\w*\.whl"
     assert re.fullmatch(expected, wheel.name)
-    assert names(wheel) == modules() | {"fusednorm/py.typed", "fusednorm/_C.so"} | stubs()
+    assert names(wheel) == modules() | {"fusednorm/py.typed", "fusednorm/_C.so"}
     installed = import_installed(wheel, tmp_path / "empty")
     assert build_info(installed.parent / "_C.so") == build_info(LIBRARY)
 

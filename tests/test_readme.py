@@ -96,7 +96,7 @@ PROBES: dict[str, Callable[[nn.Module], None]] = {
     "fused residual, activation": fusion,
     "double backward": double_backward,
     "`torch.compile(fullgraph=True)`": fullgraph,
-    "exports to ATen": export,
+    "evaluation exports to ATen": export,
     "loads torch's state dict": torch_state_dict,
     "per-sample gradients (vmap)": per_sample_gradients,
 }

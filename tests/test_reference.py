@@ -57,6 +57,17 @@ def test_one_sample_is_group_norm(groups: int) -> None:
     torch.testing.assert_close(group_norm(many, groups, w, b)[0], F.group_norm(many, groups, w, b))
 
 
+@pytest.mark.parametrize("groups", [6, 2, 1, 12, 4])
+def test_gradients(groups: int) -> None:
+    """The reference itself, first and second derivatives."""
+    x = torch.randn(3, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+    w, b = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    norms = [batch_group_norm, group_norm] if 6 % groups == 0 else [batch_group_norm]
+    for norm in norms:
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda *t, norm=norm: norm(t[0], groups, *t[1:])[0], (x, w, b))
+
+
 def test_against_mpmath() -> None:
     """A mean 10^6 standard deviations away, in 50 digits: the two-pass form keeps its own."""
     x = 1e6 + torch.randn(2, 2, 3, dtype=torch.float64)

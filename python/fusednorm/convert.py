@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from fusednorm.nn import BatchGroupNorm, BatchNorm, GroupNorm
+from fusednorm.nn import BatchGroupNorm, GroupNorm
 
 Predicate = Callable[[str, nn.Module], bool]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _OTHER_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -45,11 +45,12 @@ def convert_norm(
 ) -> nn.Module:
     """Replace the model's batch norms by what ``factory`` makes, in place.
 
-    Swapped are ``nn.BatchNorm1d/2d/3d``, ``SyncBatchNorm`` and batch norms that carry their
-    activation in ``act`` beside an idle ``drop`` (timm's ``BatchNormAct2d``), whose activation
-    is then fused. eps, momentum, the parameters themselves (optimizers stay valid), ``training``,
-    device and dtype are carried over; running statistics where their sizes agree; hooks are not.
-    A module used in several places stays shared.
+    Swapped are ``nn.BatchNorm1d/2d/3d`` and batch norms that carry their activation in ``act``
+    beside an idle ``drop`` (timm's ``BatchNormAct2d``), whose activation is then fused.
+    ``SyncBatchNorm`` is kept: this package does not synchronise statistics yet. eps, momentum, the
+    parameters themselves (optimizers stay valid), ``training``, device and dtype are carried over,
+    running statistics with their counter where their sizes agree, and their absence; hooks are
+    not. A module used in several places stays shared.
 
     Args:
         model: any module; if it is itself a batch norm, the new layer is returned.
@@ -62,8 +63,8 @@ def convert_norm(
         The model.
 
     Raises:
-        ValueError: there is nothing to swap, or ``factory`` makes a layer whose parameters have
-            other shapes. Whatever is raised, the model is untouched.
+        ValueError: there is nothing to swap, or ``factory`` makes a layer without the parameters
+            of the old one, or with others' shapes. Whatever is raised, the model is untouched.
     """
     return _swap(model, functools.partial(_from_torch, factory=factory), predicate, report)
 
@@ -76,8 +77,8 @@ def revert_norm(
 ) -> nn.Module:
     """Replace this package's norms by torch's, in place: the inverse of ``convert_norm``.
 
-    A converted layer becomes what it was; one that was built as ``BatchNorm`` becomes
-    ``nn.BatchNorm2d``, ``GroupNorm`` becomes ``nn.GroupNorm``. ``BatchGroupNorm`` layers without
+    A batch norm that was converted becomes what it was; one that was built here becomes
+    ``nn.BatchNorm2d``. ``GroupNorm`` becomes ``nn.GroupNorm``. ``BatchGroupNorm`` layers without
     one group a channel, and fused activations that were not there before, have no counterpart:
     they are kept and named in the report. Arguments, result and errors as ``convert_norm``.
     """
@@ -124,12 +125,16 @@ def _from_torch(old: nn.Module, factory: Callable[[int], nn.Module]) -> nn.Modul
         raise _Kept("its width is not known before a first forward")
     if not isinstance(old, _BatchNorm):
         raise _Kept("not a batch norm")
+    if isinstance(old, nn.SyncBatchNorm):
+        raise _Kept("synchronised statistics have no counterpart")
     origin: Callable[..., nn.Module] = type(old)
     act: str | None = None
     if type(old) not in _BATCH_NORMS:
         act = _carried_activation(old)
         origin = functools.partial(origin, act_layer=type(old.act))
     new = factory(old.num_features)
+    if not isinstance(new, nn.Module):
+        raise ValueError(f"factory: expected a module, got {new!r}")
     if act is not None:
         if getattr(new, "act", act) is not None:
             raise _Kept(f"its activation {act!r} does not fit {type(new).__name__}")
@@ -186,6 +191,8 @@ def _take_over(new: nn.Module, old: nn.Module, origin: Callable[..., Any] | None
         new = new.to(device=tensor.device, dtype=dtype)
     for name, value in old._parameters.items():
         mine = new._parameters.get(name)
+        if value is not None and name not in new._parameters:
+            raise ValueError(f"factory: expected a layer with {name}, got {type(new).__name__}")
         if value is not None and mine is not None and mine.shape != value.shape:
             raise ValueError(
                 f"factory: expected {name} of shape {tuple(value.shape)}, "
@@ -193,15 +200,26 @@ def _take_over(new: nn.Module, old: nn.Module, origin: Callable[..., Any] | None
             )
         if name in new._parameters:
             new._parameters[name] = value
-    for name, buffer in old._buffers.items():
-        own = new._buffers.get(name)
-        if buffer is not None and own is not None and own.shape == buffer.shape:
-            own.copy_(buffer)
-    for name in ("eps", "momentum"):
+    if isinstance(old, _BatchNorm) and isinstance(new, _BatchNorm):
+        _take_over_statistics(new, old)
+    for name in ("eps", "momentum", "affine"):
         if hasattr(old, name) and hasattr(new, name):
             setattr(new, name, getattr(old, name))
     if hasattr(old, "qconfig"):
         new.qconfig = old.qconfig
-    if origin is not None and isinstance(new, BatchNorm):
+    if origin is not None and isinstance(new, BatchGroupNorm):
         new._origin = origin  # type: ignore[assignment]
     return new.train(old.training)
+
+
+def _take_over_statistics(new: _BatchNorm, old: _BatchNorm) -> None:
+    if old.running_mean is None:
+        new.track_running_stats = False
+        for name in new._buffers:
+            new._buffers[name] = None
+        return
+    mine = new.running_mean
+    # A counter without its statistics would weigh the next batch as the last of many.
+    if mine is not None and mine.shape == old.running_mean.shape:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            new._buffers[name].copy_(old._buffers[name])  # type: ignore[union-attr, arg-type]

@@ -4,7 +4,7 @@ x is (N, C, *) with any number of spatial axes, of dtype float16, bfloat16, floa
 dense NCHW or NHWC (other strides cost a copy); the output keeps its dtype and memory format.
 Statistics, computed in float32 (float64 for float64 x), pool *cells* of x, see
 ``fusednorm.reference.cells``. Every function can add a ``residual`` of x's shape and apply an
-activation in the same sweep: y = act(norm(x) + residual).
+activation, y = act(norm(x) + residual), in the same sweep where kernels run.
 
 Common errors: ``ValueError`` for a rank below 2, sizes that do not match, groups that do not
 divide C*H*W, an unknown activation, or cells of fewer than two values in training;
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,10 @@ from fusednorm.reference import cells
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 __all__ = ["batch_group_norm", "batch_norm", "group_norm"]
+
+# torch.fx records a call of these as it stands, as it does with torch's own functions.
+for _name in __all__:
+    torch.fx.wrap(_name)
 
 
 def batch_norm(
@@ -102,20 +107,18 @@ def batch_group_norm(
     _check_groups(x, num_groups)
     _check_vector("weight", weight, x.shape[1], "the channels of input", x)
     _check_vector("bias", bias, x.shape[1], "the channels of input", x)
-    _check_vector("running_mean", running_mean, num_groups, "num_groups", x)
-    _check_vector("running_var", running_var, num_groups, "num_groups", x)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var: expected both or neither")
-    act_index = _checked_act(act)
+    _check_running(
+        running_mean, running_var, num_batches_tracked, momentum, num_groups, training, x
+    )
+    act_index = cells.activation_index(act)
     residual = _checked_residual(residual, x)
+    _check_eps(eps)
     x = canonical(x)
     config = Config(num_groups, False, float(eps), act_index, float(negative_slope), resolve(x))
     if training:
         count = _check_count(x, num_groups, x.shape[0])
-        if running_mean is not None and momentum is None and num_batches_tracked is None:
-            raise ValueError("momentum=None needs num_batches_tracked")
         y, mean, _, var = Normalize.apply(x, weight, bias, residual, config)
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             _update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
         return y
     if running_mean is None or running_var is None:
@@ -141,13 +144,15 @@ def group_norm(
     """
     x = _checked_input(input)
     channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(
-            f"num_groups: expected a divisor of the {channels} channels of input, got {num_groups}"
+            f"num_groups: expected a divisor of the {channels} channels of input, "
+            f"got {num_groups!r}"
         )
     _check_vector("weight", weight, channels, "the channels of input", x)
     _check_vector("bias", bias, channels, "the channels of input", x)
-    act_index = _checked_act(act)
+    act_index = cells.activation_index(act)
+    _check_eps(eps)
     residual = _checked_residual(residual, x)
     x = canonical(x)
     if x.shape[0]:
@@ -173,7 +178,8 @@ def _frozen(
 ) -> Tensor:
     acc = cells.accumulation_dtype(x.dtype)
     mean = running_mean.to(acc)
-    per_channel, straddles = divmod(x.shape[1], config.num_groups)
+    # Not divmod: the channels are a symbol under torch.compile(dynamic=True).
+    per_channel, straddles = x.shape[1] // config.num_groups, x.shape[1] % config.num_groups
     exporting = torch.compiler.is_exporting()
     if straddles or not (exporting or config.backend == "reference"):
         rstd = (running_var.to(acc) + config.eps).rsqrt()
@@ -195,15 +201,17 @@ def _frozen(
 
 def _update(
     running_mean: Tensor,
-    running_var: Tensor | None,
+    running_var: Tensor,
     num_batches_tracked: Tensor | None,
     mean: Tensor,
     var: Tensor,
     momentum: float | None,
     count: int,
 ) -> None:
-    # Buffers of a .half() module are narrower than the statistics; only the reference casts.
-    backend = resolve(mean) if running_mean.dtype == mean.dtype else "reference"
+    # Kernels take dense buffers as wide as the statistics, or narrower in a .half() module.
+    plain = cells.accumulation_dtype(running_mean.dtype) == mean.dtype
+    plain = plain and running_mean.is_contiguous() and running_var.is_contiguous()
+    backend = resolve(mean) if plain else "reference"
     update = getattr(torch.ops, NAMESPACES[backend]).update_running
     update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
 
@@ -218,10 +226,10 @@ def _checked_input(input: Tensor) -> Tensor:
 
 def _check_groups(x: Tensor, num_groups: int) -> None:
     sizes = math.prod(x.shape[1:])
-    if num_groups < 1 or sizes % num_groups:
+    if not isinstance(num_groups, int) or num_groups < 1 or sizes % num_groups:
         raise ValueError(
             f"num_groups: expected a divisor of {sizes}, the channels times the spatial size of "
-            f"input {tuple(x.shape)}, got {num_groups}"
+            f"input {tuple(x.shape)}, got {num_groups!r}"
         )
 
 
@@ -243,6 +251,9 @@ def _checked_residual(residual: Tensor | None, x: Tensor) -> Tensor | None:
         raise ValueError(
             f"residual: expected the shape of input {tuple(x.shape)}, got {tuple(residual.shape)}"
         )
+    if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        # A float32 skip connection beside a half branch is ordinary there.
+        residual = residual.to(x.dtype)
     if residual.dtype != x.dtype:
         raise TypeError(f"residual: expected the dtype of input {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
@@ -250,11 +261,50 @@ def _checked_residual(residual: Tensor | None, x: Tensor) -> Tensor | None:
     return like(residual, canonical(x))
 
 
-def _checked_act(act: str | None) -> int:
-    if act not in cells.ACTIVATIONS:
-        known = ", ".join(repr(name) for name in cells.ACTIVATIONS)
-        raise ValueError(f"act: expected one of {known}, got {act!r}")
-    return cells.ACTIVATIONS[act]
+def _check_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    num_groups: int,
+    training: bool,
+    x: Tensor,
+) -> None:
+    """Everything an update could fail at, before anything is launched."""
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            raise ValueError("running_mean and running_var: expected both or neither")
+        return
+    for name, v in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_vector(name, v, num_groups, "num_groups", x)
+        if v.requires_grad:
+            raise ValueError(f"{name}: expected a buffer, got a tensor that requires grad")
+    if running_mean.dtype != running_var.dtype:
+        raise TypeError(
+            f"running_var: expected the dtype of running_mean {running_mean.dtype}, "
+            f"got {running_var.dtype}"
+        )
+    if not training:
+        return
+    if momentum is None and num_batches_tracked is None:
+        raise ValueError("momentum=None needs num_batches_tracked")
+    if momentum is not None and not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum: expected a float or None, got {momentum!r}")
+    if num_batches_tracked is None:
+        return
+    counter = num_batches_tracked
+    if counter.numel() != 1 or counter.dtype != torch.int64:
+        raise ValueError(
+            "num_batches_tracked: expected one int64, "
+            f"got shape {tuple(counter.shape)} of {counter.dtype}"
+        )
+    if counter.device != x.device:
+        raise RuntimeError(f"num_batches_tracked: expected device {x.device}, got {counter.device}")
+
+
+def _check_eps(eps: float) -> None:
+    if eps < 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
 
 
 def _check_count(x: Tensor, num_groups: int, samples: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusednorm import functional
-from fusednorm.reference.cells import ACTIVATIONS
+from fusednorm.reference.cells import activation_index
 
 
 class BatchGroupNorm(_BatchNorm):
@@ -23,8 +23,9 @@ class BatchGroupNorm(_BatchNorm):
     Args:
         num_features: C.
         num_groups: G, a divisor of C times the spatial size. Groups that are not whole channels
-            (G does not divide C) tie the running statistics to one spatial size, which is kept in
-            the state dict; another size is then refused with a ValueError.
+            (G does not divide C) tie the running statistics to one spatial size H*W, kept in the
+            buffer ``spatial_size`` (0 before the first batch); another is refused with a
+            ValueError.
         eps, momentum, affine, track_running_stats, device, dtype: as in ``torch.nn.BatchNorm2d``;
             ``momentum=None`` is a cumulative average.
         act: None, "relu", "silu", "gelu" or "leaky_relu" (slope 0.01), fused.
@@ -36,8 +37,8 @@ class BatchGroupNorm(_BatchNorm):
         >>> y = norm(torch.randn(2, 64, 56, 56))
     """
 
-    # The size H*W that statistics of groups inside channels belong to, once there are any.
-    spatial_size: int | None
+    spatial_size: Tensor
+    _known_spatial_size: int
 
     def __init__(
         self,
@@ -56,9 +57,7 @@ class BatchGroupNorm(_BatchNorm):
             raise ValueError(f"num_features: expected at least 1, got {num_features}")
         if num_groups < 1:
             raise ValueError(f"num_groups: expected at least 1, got {num_groups}")
-        if act not in ACTIVATIONS:
-            known = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"act: expected one of {known}, got {act!r}")
+        activation_index(act)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -67,13 +66,17 @@ class BatchGroupNorm(_BatchNorm):
         if track_running_stats and num_groups != num_features:
             for name, fill in (("running_mean", torch.zeros), ("running_var", torch.ones)):
                 self.register_buffer(name, fill(num_groups, device=device, dtype=dtype))
+        if track_running_stats and self._splits_channels:
+            self.register_buffer("spatial_size", torch.zeros((), dtype=torch.int64, device=device))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = act(norm(input) + residual), of input's shape, dtype and memory format."""
         tracked = self.running_mean is not None
         training = self.training or not tracked
         update = self.training and tracked
-        if tracked:
+        if self.weight is None:
+            self._check_channels(input)
+        if tracked and self._splits_channels:
             self._check_spatial_size(input)
         y = functional.batch_group_norm(
             input,
@@ -89,25 +92,37 @@ class BatchGroupNorm(_BatchNorm):
             residual=residual,
             num_batches_tracked=self.num_batches_tracked if update else None,
         )
-        if update and self._splits_channels:
-            self.spatial_size = input.shape[2:].numel()
+        if update and self._splits_channels and not self._known_spatial_size:
+            self._known_spatial_size = input.shape[2:].numel()
+            self.spatial_size.fill_(self._known_spatial_size)
         return y
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        self.spatial_size = None
+        # What the buffer holds, where the host can see it without waiting for the device.
+        self._known_spatial_size = 0
+        if "spatial_size" in self._buffers:
+            self.spatial_size.zero_()
 
     @property
     def _splits_channels(self) -> bool:
         return self.num_features % self.num_groups != 0
 
+    def _check_channels(self, input: Tensor) -> None:
+        """Without parameters nothing else would notice; with them, theirs is the message."""
+        if input.dim() >= 2 and input.shape[1] != self.num_features:
+            raise ValueError(
+                f"input: expected {self.num_features} channels, got {input.shape[1]} "
+                f"in {tuple(input.shape)}"
+            )
+
     def _check_spatial_size(self, input: Tensor) -> None:
         """Group borders inside channels move with the spatial size; so do their statistics."""
-        known = self.spatial_size
-        if known is None or not self._splits_channels or input.dim() < 2:
-            return
-        size = input.shape[2:].numel()
-        if size != known:
+        known, size = self._known_spatial_size, input.shape[2:].numel()
+        if not known and not self.training and not torch.compiler.is_compiling():
+            # A buffer that somebody else filled, averaging models say: one look at the device.
+            known = self._known_spatial_size = int(self.spatial_size)
+        if known and size != known:
             raise ValueError(
                 f"input: expected spatial size {known}, for which the {self.num_groups} running "
                 f"statistics over {self.num_features} channels were gathered, got {size}"
@@ -126,29 +141,11 @@ class BatchGroupNorm(_BatchNorm):
             f"track_running_stats={self.track_running_stats}"
         )
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.spatial_size is not None:
-            destination[prefix + "spatial_size"] = torch.tensor(self.spatial_size)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "spatial_size"
-        if self._splits_channels and key in state_dict:
-            self.spatial_size = int(state_dict[key])
-            if key in unexpected_keys:
-                unexpected_keys.remove(key)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        size = state_dict.get(prefix + "spatial_size")
+        if size is not None and not size.is_meta:
+            self._known_spatial_size = int(size)
 
 
 class BatchNorm(BatchGroupNorm):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusednorm import functional
-from fusednorm.reference.cells import ACTIVATIONS
+from fusednorm.reference.cells import activation_index
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -44,9 +44,7 @@ class GroupNorm(torch.nn.GroupNorm):
             raise ValueError(
                 f"num_groups: expected a divisor of num_features {num_features}, got {num_groups}"
             )
-        if act not in ACTIVATIONS:
-            known = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"act: expected one of {known}, got {act!r}")
+        activation_index(act)
         super().__init__(num_groups, num_features, eps, affine, device=device, dtype=dtype)
         self.act = act
 

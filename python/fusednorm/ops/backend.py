@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusednorm.ops.schema import NAMESPACES, NATIVE_LIBRARY
+from fusednorm.ops.schema import NAMESPACES, NATIVE_MISSING
 
 CHOICES = ("auto", *NAMESPACES)
 
@@ -31,30 +31,24 @@ _choice = _checked(os.environ.get("FUSEDNORM_BACKEND", "auto"), "FUSEDNORM_BACKE
 
 
 # Looked up once at import, without importing Triton: torch.compile traces these as constants.
-HAS_NATIVE = NATIVE_LIBRARY.exists()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def available_backends() -> tuple[str, ...]:
-    """The backends that can run on this machine now, fastest first."""
-    names = []
-    if torch.cuda.is_available() and HAS_NATIVE:
-        names.append("cuda")
-    if HAS_TRITON and (torch.cuda.is_available() or INTERPRETED):
-        names.append("triton")
-    return (*names, "reference")
-
-
 def _missing(name: str) -> str | None:
     """Why ``name`` cannot run here, or None if it can."""
-    if name == "cuda" and not HAS_NATIVE:
-        return f"the compiled library {NATIVE_LIBRARY.name} is not installed"
+    if name == "cuda" and NATIVE_MISSING is not None:
+        return NATIVE_MISSING
     if name == "triton" and not HAS_TRITON:
         return "the package 'triton' is not installed"
     if name == "reference" or torch.cuda.is_available() or (name == "triton" and INTERPRETED):
         return None
     return "there is no CUDA device"
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine now, fastest first."""
+    return tuple(name for name in NAMESPACES if _missing(name) is None)
 
 
 @contextlib.contextmanager
@@ -91,7 +85,7 @@ def resolve(x: Tensor) -> str:
     if _choice == "reference" or (_choice == "auto" and not x.is_cuda):
         return "reference"
     if _choice == "auto":
-        return "cuda" if HAS_NATIVE else "triton" if HAS_TRITON else "reference"
+        return "cuda" if NATIVE_MISSING is None else "triton" if HAS_TRITON else "reference"
     if not x.is_cuda and not (_choice == "triton" and INTERPRETED):
         raise RuntimeError(
             f"backend {_choice!r} takes CUDA tensors, got input on {x.device}; "

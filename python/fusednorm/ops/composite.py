@@ -117,17 +117,20 @@ def _seen_as_pieces(x: Tensor, num_groups: int, per_sample: bool) -> tuple[Tenso
     return wide, _Pieces(n // sets, sets, c, run, per_channel, pieces // num_groups, layout)
 
 
-def _moments(xv: Tensor, p: _Pieces) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of cells, (sets, G), from those of their pieces, all of one size."""
-    mean, var = torch.batch_norm_update_stats(xv, None, None, 0.0)
-    if p.layout != "view":
-        # In NHWC ATen adds up in float32 row by row; sum() cascades. Its second moment about an
-        # inexact mean is too large by the square of the error.
-        inexact, mean = mean, xv.mean([d for d in range(xv.dim()) if d != 1])
-        var = (var - (mean - inexact).square()).clamp_min_(0)
+def _moments(x: Tensor, xv: Tensor, p: _Pieces) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of cells, (sets, G)."""
+    if p.layout == "view":
+        # A group is one run, whatever channels it covers.
+        groups = x.view(p.samples, -1, p.run * p.per_group)
+        mean, var = torch.batch_norm_update_stats(groups, None, None, 0.0)
+        return mean.view(p.sets, -1), var.view(p.sets, -1)
+    # In NHWC ATen adds up in float32 row by row; sum() cascades. Its second moment about an inexact
+    # mean is too large by the square of the error.
+    inexact, var = torch.batch_norm_update_stats(xv, None, None, 0.0)
+    mean = xv.mean([d for d in range(xv.dim()) if d != 1])
+    var = (var - (mean - inexact).square()).clamp_min_(0)
+    # Chan's rule for pieces of one size.
     pieces = p.to_cells(mean)
-    if p.per_group == 1:
-        return pieces[..., 0], p.to_cells(var)[..., 0]
     merged = pieces.mean(2)
     between = (pieces - merged.unsqueeze(2)).square().mean(2)
     return merged, p.to_cells(var).mean(2) + between
@@ -157,7 +160,7 @@ def norm_forward(
         zv, mean, rstd = torch.native_batch_norm(xv, weight, bias, mean, unbiased, True, 1.0, eps)
         z, var = p.back(zv, wide), unbiased * ((p.size - 1) / p.size)
     else:
-        mean, var = _moments(xv, p)
+        mean, var = _moments(wide, xv, p)
         rstd = (var + eps).rsqrt()
         z = _preactivation(wide, xv, p, mean, rstd, weight, bias, scratch)
     y = _finish(z, x, residual, act, slope)

@@ -100,6 +100,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _below_autograd(name: str) -> Callable[..., Any]:
+    """Operators have no gradient of their own, like the compiled ones: Functions give it."""
+    operator = getattr(composite, name)
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return call
+
+
 def _in_triton(name: str) -> Callable[..., Any]:
     """Triton is imported by the first call, so that importing fusednorm stays cheap."""
 
@@ -118,15 +129,25 @@ def _define() -> list[torch.library.Library]:
             library.define(name + schema, tags=tags)
             torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
             if backend == "reference":
-                library.impl(name, getattr(composite, name), "CompositeExplicitAutograd")
+                library.impl(name, _below_autograd(name), "CompositeExplicitAutograd")
             elif backend == "triton":
                 library.impl(name, _in_triton(name), "CompositeExplicitAutograd")
         libraries.append(library)
     return libraries
 
 
-_LIBRARIES = _define()
-if NATIVE_LIBRARY.exists():
-    torch.ops.load_library(str(NATIVE_LIBRARY))
+def _load_native() -> str | None:
+    """Why the compiled CUDA kernels are not registered, or None if they are."""
+    if not NATIVE_LIBRARY.exists():
+        return f"the compiled library {NATIVE_LIBRARY.name} is not installed"
+    try:
+        torch.ops.load_library(str(NATIVE_LIBRARY))
+    except OSError as error:
+        return f"the compiled library does not load: {error}"
+    return None
 
-__all__ = ["NAMESPACES", "NATIVE_LIBRARY", "SCHEMAS"]
+
+_LIBRARIES = _define()
+NATIVE_MISSING = _load_native()
+
+__all__ = ["NAMESPACES", "NATIVE_LIBRARY", "NATIVE_MISSING", "SCHEMAS"]

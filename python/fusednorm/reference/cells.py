@@ -26,6 +26,15 @@ NONE, RELU, SILU, GELU, LEAKY_RELU = range(5)
 ACTIVATIONS = {None: NONE, "relu": RELU, "silu": SILU, "gelu": GELU, "leaky_relu": LEAKY_RELU}
 
 
+def activation_index(act: str | None) -> int:
+    """The number operators know an activation by; ValueError for a name that is none."""
+    for name, index in ACTIVATIONS.items():
+        if act == name:
+            return index
+    known = ", ".join(repr(name) for name in ACTIVATIONS)
+    raise ValueError(f"act: expected one of {known}, got {act!r}")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
