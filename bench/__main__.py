@@ -46,7 +46,7 @@ DEFAULTS: dict[tuple[str, bool], dict[str, list[str]]] = {
 
 
 # Seconds after which a quick run starts nothing more.
-QUICK_BUDGET = {"cuda": 420.0, "cpu": 45.0}
+QUICK_BUDGET = {"cuda": 330.0, "cpu": 45.0}
 
 
 def _parser() -> argparse.ArgumentParser:

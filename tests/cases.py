@@ -152,13 +152,14 @@ def bound(
     """k x torch's own largest error, plus what rounding alone may cost.
 
     The floor: one unit in the last place of the largest value in the dtype the result is stored
-    in, and sqrt(count) accumulated roundings of the accumulation dtype for a reduction. A
-    normalized value carries the rounding of (x - mean), of relative size ``offset``: mean/sigma.
+    in; then, in the accumulation dtype, sqrt(count) roundings for a sum and 8 for a value of x's
+    shape, which carries those of (x - mean), of relative size ``offset``: mean/sigma.
     """
     acc = cells.accumulation_dtype(case.dtype)
     stored = case.dtype if name in ("y", "dx", "dresidual") else acc
     scale = expected.abs().max().item() if expected.numel() else 0.0
-    rounding = torch.finfo(acc).eps * math.sqrt(case.count) * (1 + offset)
+    roundings = 8 if name in ("y", "dx", "dresidual") else math.sqrt(case.count)
+    rounding = torch.finfo(acc).eps * roundings * (1 + offset)
     floor = scale * (torch.finfo(stored).eps + rounding) + rounding
     return k * theirs + floor
 

@@ -33,9 +33,14 @@ struct Plan {
   FUSEDNORM_HOST_DEVICE int64_t blocks() const { return tiles * splits; }
 };
 
-// Accesses a thread has in flight before it waits. Four of 16 bytes by the 512 threads that fit at
-// 128 registers are 32 KiB an SM; HBM3 needs 23 to 40.
+// Accesses a thread has in flight before it waits. Four of 16 bytes by the 384 threads that fit at
+// 168 registers (kHalfVectorBlock) are 24 KiB an SM, by the 512 that fit at 128 they are 32; HBM3
+// needs 23 to 40.
 constexpr int kInFlight = 4;
+
+// Sweeps of 8 half-precision values a vector take 128 to 168 registers on sm_90 (the budget file):
+// of blocks of 256 threads only one would fit an SM, of 128 three do.
+constexpr int kHalfVectorBlock = kMaxBlock / 2;
 
 // Blocks wanted for each SM: two waves of four resident blocks.
 constexpr int64_t kBlocksPerSm = 8;
@@ -100,7 +105,8 @@ inline Plan make_plan(const Geometry& g, int element_size, bool channels_last, b
   }
   // Small tiles get small blocks: kInFlight accesses a thread, whole warps.
   const int64_t threads = next_power_of_two(ceil_div(work, kInFlight)) * plan.lanes;
-  plan.block = static_cast<int>(std::clamp<int64_t>(threads, kWarp, kMaxBlock));
+  const int64_t most = plan.vector == 8 ? kHalfVectorBlock : kMaxBlock;
+  plan.block = static_cast<int>(std::clamp<int64_t>(threads, kWarp, most));
 
   const int64_t wanted = ceil_div(kBlocksPerSm * num_sms, plan.tiles);
   const int64_t useful = ceil_div(work * plan.lanes, int64_t(plan.block) * kInFlight);

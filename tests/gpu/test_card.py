@@ -39,9 +39,10 @@ def forward_backward(case: Case, backend: str) -> list[torch.Tensor]:
     return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, i.dy)]
 
 
-# Full-size layers: many splits, both vector widths, every kind of group.
+# Full-size layers: many splits, both vector widths, every kind of group. SiLU, because a kink as
+# ReLU's would turn a rounding of z, somewhere among millions, into an error of the size of dy.
 LARGE = [
-    Case((n, c, h, h), g, per_sample, layout, dtype, "relu", residual=True)
+    Case((n, c, h, h), g, per_sample, layout, dtype, "silu", residual=True)
     for n, c, h, g, per_sample in (
         (32, 64, 56, 64, False),
         (8, 256, 14, 8, False),

@@ -270,6 +270,9 @@ def _sums(
     hv: Tensor, xv: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx of live statistics (if asked for), sum h*xhat and sum h, per virtual channel."""
+    if weight is None and xv.is_cuda:
+        # ATen's CUDA kernels give no sums without a weight to shape them after.
+        weight = torch.ones_like(mean)
     frozen = (None, None) if dx else (mean, rstd.pow(-2))
     return torch.ops.aten.native_batch_norm_backward(
         hv, xv, weight, *frozen, mean, rstd, dx, 0.0, [dx, True, True]
