@@ -117,7 +117,18 @@ def test_a_stage_past_its_limit_is_ended_with_all_it_started(tool, tmp_path):
     assert time.monotonic() - began < 30
     assert gpu_check.Record(tmp_path / "tests.json", "abc").done("endless")
     status = Path("/proc", (tmp_path / "log.log").read_text().split()[-1], "status")
-    assert not status.exists() or "State:\tZ" in status.read_text()
+    # Killed is not gone at once: the kernel takes its time, more of it on a busy machine.
+    deadline = time.monotonic() + 20
+    while is_running(status) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(status)
+
+
+def is_running(status: Path) -> bool:
+    try:
+        return "State:\tZ" not in status.read_text()
+    except OSError:
+        return False
 
 
 def test_outcomes_of_tests_are_recorded_one_by_one(tool, tmp_path, monkeypatch):
