@@ -10,6 +10,7 @@ from torch import nn
 
 import fusednorm
 from fusednorm import BatchGroupNorm, BatchNorm, GroupNorm
+from fusednorm.ops import backend as choice
 
 
 def train_both(ours: nn.Module, theirs: nn.Module, device: str, steps: int = 3) -> None:
@@ -77,6 +78,10 @@ def test_sub_channel_statistics_belong_to_one_resolution() -> None:
     with pytest.raises(ValueError, match="expected spatial size 36"):
         restored(torch.randn(2, 4, 8, 8))
     restored(torch.randn(2, 4, 9, 4))
+    resumed = BatchGroupNorm(4, 8)
+    resumed.load_state_dict(before)
+    with pytest.raises(ValueError, match="expected spatial size 36"):
+        resumed(torch.randn(2, 4, 8, 8))
     average = torch.optim.swa_utils.AveragedModel(BatchGroupNorm(4, 8), use_buffers=True).eval()
     average.update_parameters(norm)
     with pytest.raises(ValueError, match="expected spatial size 36"):
@@ -172,6 +177,10 @@ def test_backend_choice() -> None:
     x = torch.randn(2, 3, 4)
     with fusednorm.backend("reference"):
         fusednorm.functional.batch_norm(x, None, None, training=True)
+    with fusednorm.backend("auto"):
+        with fusednorm.backend("reference"):
+            assert choice._choice == "reference"
+        assert choice._choice == "auto", "the block's choice outlived it"
     unknown = pytest.raises(ValueError, match="unknown backend 'opencl'.*'auto'.*'triton'")
     with unknown, fusednorm.backend("opencl"):
         pass

@@ -194,6 +194,15 @@ def test_memory_format_is_kept(groups: int, training: bool, target: tuple[str, s
         assert y.stride() == x.stride()
 
 
+@pytest.mark.parametrize("groups", [6, 2, 4])
+def test_sliced_nhwc_stays_nhwc(groups: int, target: tuple[str, str]) -> None:
+    """A crop of a channels-last tensor is not dense; its copy is channels-last, as torch's."""
+    x = torch.randn(3, 6, 8, 8).to(target[0], memory_format=torch.channels_last)[:, :, 1:-1]
+    y = FF.batch_group_norm(x, groups, training=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, FF.batch_group_norm(x.contiguous(), groups, training=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [6, 2, 4])
 def test_frozen_statistics(groups: int, dtype: torch.dtype, target: tuple[str, str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fusednorm.reference import batch_group_norm, batch_norm, group_norm
+from fusednorm.reference import batch_group_norm, batch_norm, cells, group_norm
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "bgn.npz", allow_pickle=False)
 PREFIXES = [f"g{g}_" for g in GOLDEN["groups"]] + [
@@ -66,6 +66,15 @@ def test_gradients(groups: int) -> None:
     for norm in norms:
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert check(lambda *t, norm=norm: norm(t[0], groups, *t[1:])[0], (x, w, b))
+
+
+@pytest.mark.parametrize("act", cells.ACTIVATIONS)
+def test_activation_derivatives_are_torchs(act: str | None) -> None:
+    """At the kink too: relu'(0) = 0, leaky_relu'(0) = slope."""
+    z = torch.tensor([-3.0, -1e-3, -0.0, 0.0, 1e-3, 3.0], dtype=torch.float64, requires_grad=True)
+    index = cells.activation_index(act)
+    (expected,) = torch.autograd.grad(cells.activate(z, index, 0.01).sum(), z)
+    torch.testing.assert_close(cells.activation_derivative(z, index, 0.01), expected)
 
 
 def test_against_mpmath() -> None:

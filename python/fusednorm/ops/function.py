@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusednorm.layout import like
 from fusednorm.ops.schema import NAMESPACES
 from fusednorm.reference import cells
 
@@ -126,7 +125,6 @@ def _save(
 
 def _gradients(ctx: Any, dy: Tensor, live: float) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, mean, rstd = ctx.saved_tensors
-    dy = like(dy, x)
     dx, dweight, dbias, dresidual = NormalizeBackward.apply(
         dy, x, weight, bias, residual, mean, rstd, live, ctx.config
     )
