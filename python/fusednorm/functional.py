@@ -105,24 +105,19 @@ def batch_group_norm(
     """
     x = _checked_input(input)
     _check_groups(x, num_groups)
-    _check_vector("weight", weight, x.shape[1], "the channels of input", x)
-    _check_vector("bias", bias, x.shape[1], "the channels of input", x)
     _check_running(
         running_mean, running_var, num_batches_tracked, momentum, num_groups, training, x
     )
+    count = _check_count(x, num_groups, x.shape[0]) if training else 0
     act_index = cells.activation_index(act)
-    residual = _checked_residual(residual, x)
-    _check_eps(eps)
-    x = canonical(x)
+    x, residual = _dense_operands(x, weight, bias, residual, eps)
     config = Config(num_groups, False, float(eps), act_index, float(negative_slope), resolve(x))
     if training:
-        count = _check_count(x, num_groups, x.shape[0])
         y, mean, _, var = Normalize.apply(x, weight, bias, residual, config)
         if running_mean is not None and running_var is not None:
             _update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
         return y
-    if running_mean is None or running_var is None:
-        raise ValueError("running_mean and running_var must be given when not training")
+    assert running_mean is not None and running_var is not None  # _check_running
     return _frozen(x, running_mean, running_var, weight, bias, residual, config)
 
 
@@ -144,19 +139,15 @@ def group_norm(
     """
     x = _checked_input(input)
     channels = x.shape[1]
-    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+    if not _is_int(num_groups) or num_groups < 1 or channels % num_groups:
         raise ValueError(
             f"num_groups: expected a divisor of the {channels} channels of input, "
             f"got {num_groups!r}"
         )
-    _check_vector("weight", weight, channels, "the channels of input", x)
-    _check_vector("bias", bias, channels, "the channels of input", x)
-    act_index = cells.activation_index(act)
-    _check_eps(eps)
-    residual = _checked_residual(residual, x)
-    x = canonical(x)
     if x.shape[0]:
         _check_count(x, num_groups, 1)
+    act_index = cells.activation_index(act)
+    x, residual = _dense_operands(x, weight, bias, residual, eps)
     config = Config(num_groups, True, float(eps), act_index, float(negative_slope), resolve(x))
     if torch.compiler.is_exporting():
         acc = cells.accumulation_dtype(x.dtype)
@@ -226,7 +217,7 @@ def _checked_input(input: Tensor) -> Tensor:
 
 def _check_groups(x: Tensor, num_groups: int) -> None:
     sizes = math.prod(x.shape[1:])
-    if not isinstance(num_groups, int) or num_groups < 1 or sizes % num_groups:
+    if not _is_int(num_groups) or num_groups < 1 or sizes % num_groups:
         raise ValueError(
             f"num_groups: expected a divisor of {sizes}, the channels times the spatial size of "
             f"input {tuple(x.shape)}, got {num_groups!r}"
@@ -244,9 +235,16 @@ def _check_vector(name: str, v: Tensor | None, size: int, what: str, x: Tensor) 
         raise RuntimeError(f"{name}: expected device {x.device}, that of input, got {v.device}")
 
 
-def _checked_residual(residual: Tensor | None, x: Tensor) -> Tensor | None:
+def _dense_operands(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """x and the residual dense in one layout, once all these arguments have been checked."""
+    _check_vector("weight", weight, x.shape[1], "the channels of input", x)
+    _check_vector("bias", bias, x.shape[1], "the channels of input", x)
+    if eps < 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
     if residual is None:
-        return None
+        return canonical(x), None
     if residual.shape != x.shape:
         raise ValueError(
             f"residual: expected the shape of input {tuple(x.shape)}, got {tuple(residual.shape)}"
@@ -258,7 +256,8 @@ def _checked_residual(residual: Tensor | None, x: Tensor) -> Tensor | None:
         raise TypeError(f"residual: expected the dtype of input {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
         raise RuntimeError(f"residual: expected device {x.device}, got {residual.device}")
-    return like(residual, canonical(x))
+    x = canonical(x)
+    return x, like(residual, x)
 
 
 def _check_running(
@@ -274,6 +273,8 @@ def _check_running(
     if running_mean is None or running_var is None:
         if running_mean is not running_var:
             raise ValueError("running_mean and running_var: expected both or neither")
+        if not training:
+            raise ValueError("running_mean and running_var must be given when not training")
         return
     for name, v in (("running_mean", running_mean), ("running_var", running_var)):
         _check_vector(name, v, num_groups, "num_groups", x)
@@ -302,9 +303,9 @@ def _check_running(
         raise RuntimeError(f"num_batches_tracked: expected device {x.device}, got {counter.device}")
 
 
-def _check_eps(eps: float) -> None:
-    if eps < 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+def _is_int(n: object) -> bool:
+    # A symbol where the channels are traced as one.
+    return isinstance(n, (int, torch.SymInt))
 
 
 def _check_count(x: Tensor, num_groups: int, samples: int) -> int:
