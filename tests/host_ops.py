@@ -10,6 +10,7 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,15 @@ def strides_of(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
     return tuple(strides)
 
 
+class Running(NamedTuple):
+    """Running statistics that a forward updates."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float
+
+
 class Outputs:
     """Buffers to be written, checked once the kernels are through."""
 
@@ -73,10 +83,18 @@ class Outputs:
         strides = strides_of(shape, channels_last)
         return base.view(dtype).as_strided(shape, strides, margin + shift)
 
+    def mask(self, x: Tensor) -> Tensor:
+        """A byte for 16 bytes of x. A byte of eight positive elements is what poison looks like."""
+        numel = -(-x.numel() // (16 // x.itemsize))
+        base = torch.full((numel + 2 * MARGIN_BYTES,), -1, dtype=torch.int8)
+        self.buffers.append(("", base, MARGIN_BYTES, numel))
+        return base[MARGIN_BYTES : MARGIN_BYTES + numel].view(torch.uint8)
+
     def check(self) -> None:
         for name, base, start, numel in self.buffers:
             inside = base[start : start + numel]
-            assert not (inside == -1).any(), f"{name}: {(inside == -1).sum()} elements not written"
+            written = not name or not (inside == -1).any()
+            assert written, f"{name}: {(inside == -1).sum()} elements not written"
             outside = torch.cat([base[:start], base[start + numel :]])
             assert (outside == -1).all(), f"{name}: written outside"
 
@@ -88,21 +106,40 @@ def place(x: Tensor, channels_last: bool, shift: int = 0) -> Tensor:
     return base.as_strided(x.shape, strides, shift).copy_(x)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.clone().view(torch.uint8).equal(b.clone().view(torch.uint8))
+
+
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 class Kernels:
-    """The ops of the module under one order of threads and blocks, on a pretended number of SMs.
+    """The ops of the module under one order of threads and blocks, on a pretended device.
 
-    More SMs mean more splits of a reduction, so a tiny tensor runs through every merge.
+    More SMs mean more splits of a reduction, so a tiny tensor runs through every merge; less shared
+    memory more CTAs for a slice. `path` is streaming, on_chip (wherever that fits) or auto, as the
+    operators choose; without `counters` a streaming call launches its combine. `plan` is that of
+    the last call.
     """
 
-    def __init__(self, module: ModuleType, order: str = "forward", seed: int = 0, sms: int = 4):
+    def __init__(
+        self,
+        module: ModuleType,
+        order: str = "forward",
+        seed: int = 0,
+        *,
+        device: dict[str, int] | None = None,
+        path: str = "streaming",
+        counters: bool = True,
+        max_grid: int = (1 << 31) - 1,
+    ):
         self.module = module
         self.order = order
         self.seed = seed
-        self.sms = sms
+        self.device = module.Device(**{"num_sms": 4, **(device or {})})
+        self.options = {"path": path, "counters": counters, "max_grid": max_grid}
+        self.plan: Any = None
 
     def forward(
         self,
@@ -115,22 +152,28 @@ class Kernels:
         eps: float,
         act: str,
         slope: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        save_mask: bool = False,
+        running: Running | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         out = Outputs()
         channels_last = is_channels_last(x)
         y = out.new("y", tuple(x.shape), x.dtype, channels_last)
         cells = (x.shape[0], num_groups) if per_sample else (num_groups,)
         mean, rstd, var = (out.new(n, cells, acc_dtype(x.dtype)) for n in ("mean", "rstd", "var"))
+        mask = out.mask(x) if save_mask else None
+        run = running or Running(None, None, None, 0.0)
         self.module.set_order(self.order, self.seed)
-        self.module.forward(
-            self._problem(x, num_groups, per_sample),
+        self.plan = self.module.forward(
+            self._call(x, num_groups, per_sample),
             *map(pointer, (x, weight, bias, residual, y, mean, rstd, var)),
             eps,
             ACTIVATIONS.index(act),
             slope,
+            *map(pointer, (mask, run.mean, run.var, run.num_batches_tracked)),
+            run.momentum,
         )
         out.check()
-        return y, mean, rstd, var
+        return y, mean, rstd, var, mask
 
     def apply(
         self,
@@ -148,11 +191,12 @@ class Kernels:
         out = Outputs()
         y = out.new("y", tuple(x.shape), x.dtype, is_channels_last(x))
         self.module.set_order(self.order, self.seed)
-        self.module.apply(
-            self._problem(x, num_groups, per_sample),
+        self.plan = self.module.apply(
+            self._call(x, num_groups, per_sample),
             *map(pointer, (x, mean, rstd, weight, bias, residual, y)),
             ACTIVATIONS.index(act),
             slope,
+            0,
         )
         out.check()
         return y
@@ -171,6 +215,7 @@ class Kernels:
         live: float,
         act: str,
         slope: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         out = Outputs()
         channels_last = is_channels_last(x)
@@ -179,16 +224,17 @@ class Kernels:
             out.new(n, (x.shape[1],), acc_dtype(x.dtype)) for n in ("dweight", "dbias")
         )
         dresidual = None
-        if residual is not None and act != "none":
+        if (residual is not None or mask is not None) and act != "none":
             dresidual = out.new("dresidual", tuple(x.shape), x.dtype, channels_last)
         self.module.set_order(self.order, self.seed)
-        self.module.backward(
-            self._problem(x, num_groups, per_sample),
+        self.plan = self.module.backward(
+            self._call(x, num_groups, per_sample),
             *map(pointer, (dy, x, mean, rstd, weight, bias, residual)),
             *map(pointer, (dx, dweight, dbias, dresidual)),
             live,
             ACTIVATIONS.index(act),
             slope,
+            pointer(mask),
         )
         out.check()
         return dx, dweight, dbias, dresidual
@@ -212,8 +258,8 @@ class Kernels:
             count,
         )
 
-    def _problem(self, x: Tensor, num_groups: int, per_sample: bool) -> object:
-        return self.module.Problem(
+    def _call(self, x: Tensor, num_groups: int, per_sample: bool) -> object:
+        return self.module.Call(
             dtype=str(x.dtype).removeprefix("torch."),
             channels_last=is_channels_last(x),
             samples=x.shape[0],
@@ -221,7 +267,8 @@ class Kernels:
             spatial=x.shape[2:].numel(),
             num_groups=num_groups,
             per_sample=per_sample,
-            sms=self.sms,
+            device=self.device,
+            **self.options,
         )
 
 

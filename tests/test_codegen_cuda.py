@@ -3,11 +3,13 @@
 One nvcc run an architecture compiles every instantiation the operators launch; no GPU is needed.
 Held for each kernel are
 
-    registers   a ceiling, in steps of 8: the allocation's grain, below which nothing changes
+    registers   a ceiling, in steps of 8: the allocation's grain, below which nothing changes; and
+                for all kernels kRegisters, from which a plan counts the blocks an SM holds
     spills      none: no stack frame, no local memory
     shared      a ceiling, in bytes
     vector      every 16-byte load of x, dy and residual and store of y and dx that the unrolled
-                loop promises, and in half precision no narrower access beside them
+                loop promises, and in half precision no narrower access beside them; what stays on
+                the chip comes by 16-byte asynchronous copies
     .f64        no double instruction where x is not double
 
 ``codegen_budget.json`` holds {kernel: {sm: [registers, shared]}}. After a change that is meant to
@@ -48,22 +50,47 @@ void instantiate(const fusednorm::NormParams& norm, const fusednorm::RunningPara
 }
 """
 
-# 16-byte (loads, stores) of activations in a vector kernel: accesses in flight times tensors. A
+# 16-byte (loads, stores) of activations in a vector kernel: accesses in flight times tensors. The
+# backward sweeps have two loops, of two accesses of x and dy and of one of x, dy and a residual. A
 # load of the residual and a store of its gradient are there whether or not a launch wants them.
 ACCESSES = {
     "moments_kernel": (4, 0),
     "apply_kernel": (4 * 2, 4),
-    "backward_reduce_kernel": (2 * 3, 0),
-    "backward_apply_kernel": (2 * 3, 2 * 2),
+    "backward_reduce_kernel": (2 * 2 + 3, 0),
+    "backward_apply_kernel": (2 * 2 + 3, (2 + 1) * 2),
+    "chip_forward_kernel": (2, 2),
+    "chip_backward_kernel": (0, 2),
 }
+ON_CHIP = ("chip_forward_kernel", "chip_backward_kernel")
+# The first element of a piece, about which it is summed: once for each column of a thread.
+NARROW = {"chip_forward_kernel"}
 PATTERNS = ("Runs", "Columns")
 TILES = [("float", 1), ("float", 4), ("__half", 1), ("__half", 8)]
 TILES += [("__nv_bfloat16", 1), ("__nv_bfloat16", 8), ("double", 1)]
-KERNELS = {f"{k}<{p}<{t}, {v}>>" for k in ACCESSES for p in PATTERNS for t, v in TILES}
+KERNELS = {
+    f"{k}<{p}<{t}, {v}>>"
+    for k in ACCESSES
+    for p in PATTERNS
+    for t, v in TILES
+    if v > 1 or k not in ON_CHIP
+}
 KERNELS |= {
     f"{k}<{t}>" for k in ("combine_kernel", "backward_combine_kernel") for t in ("float", "double")
 }
-KERNELS |= {f"update_running_kernel<{t}>" for t in ("float", "__half", "__nv_bfloat16", "double")}
+KERNELS |= {
+    f"{k}<{t}>"
+    for k in ("update_running_kernel", "mask_kernel")
+    for t in ("float", "__half", "__nv_bfloat16", "double")
+}
+KERNELS |= {"channels_kernel<float>"}
+
+
+def planned_registers() -> int:
+    """What the plan takes every kernel to need, from its source."""
+    source = (ROOT / "csrc/kernels/plan_tiles.h").read_text()
+    found = re.search(r"constexpr int kRegisters = (\d+);", source)
+    assert found
+    return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -77,8 +104,15 @@ class Code:
     ptx: str
 
     def accesses(self, kind: str) -> list[str]:
-        """The types of its global loads ("ld") or stores ("st"), such as v4.u32 and f32."""
-        return re.findall(kind + r"\.global(?:\.(?:nc|cg|cs))*\.((?:v\d\.)?[a-z]\d+)", self.ptx)
+        """The types of its global loads ("ld") or stores ("st"), such as v4.u32 and f32.
+
+        Without those past L1 (.cg): they are of partial results.
+        """
+        return re.findall(kind + r"\.global(?:\.(?:nc|cs))*\.((?:v\d\.)?[a-z]\d+)", self.ptx)
+
+    def copies(self) -> list[str]:
+        """The bytes of its asynchronous copies to shared memory."""
+        return re.findall(r"cp\.async\.cg\.shared\.global \S+ \S+ (\d+);", self.ptx)
 
 
 def nvcc() -> Path:
@@ -138,6 +172,8 @@ def compiled(capability: int) -> dict[str, Code]:
 def faults(name: str, code: Code, registers: int, shared: int) -> list[str]:
     """What is wrong with a kernel, in words."""
     found = []
+    if code.registers > planned_registers():
+        found.append(f"{code.registers} registers, planned {planned_registers()}")
     if code.registers > registers:
         found.append(f"{code.registers} registers, budget {registers}")
     if code.shared > shared:
@@ -153,8 +189,12 @@ def faults(name: str, code: Code, registers: int, shared: int) -> list[str]:
             wide = code.accesses(kind).count("v4.u32")
             if wide != expected:
                 found.append(f"{wide} 16-byte {kind}, expected {expected}")
-            if narrow := [t for t in code.accesses(kind) if re.search(r"[a-z](?:8|16)$", t)]:
+            # A mask is read and written by bytes.
+            narrow = [t for t in code.accesses(kind) if re.search(r"[a-z]16$", t)]
+            if narrow and kernel not in NARROW:
                 found.append(f"narrow {kind} of {', '.join(sorted(set(narrow)))}")
+    if kernel in ON_CHIP and set(code.copies()) != {"16"}:
+        found.append(f"asynchronous copies of {sorted(set(code.copies()))} bytes, expected 16")
     return found
 
 

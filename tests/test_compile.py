@@ -91,6 +91,27 @@ def test_inductor(layout: torch.memory_format, target: tuple[str, str]) -> None:
     assert run(x).is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("act", ["relu", "silu", None])
+def test_residual(act: str | None, target: tuple[str, str]) -> None:
+    """With relu a mask is kept of it, of a size that is a symbol; without gradients, nothing."""
+    torch._dynamo.reset()
+    device = target[0]
+    compiled = BatchGroupNorm(8, 4, act=act).to(device)
+    eager = copy.deepcopy(compiled)
+    run = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, h in ((2, 5), (3, 7), (5, 3)):
+        grads = []
+        x, r = torch.randn(2, n, 8, h, 5, device=device).unbind()
+        for module in (eager, run):
+            leaves = [t.clone().requires_grad_() for t in (x, r)]
+            y = module(*leaves)
+            grads.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x, r), eager(x, r), rtol=1e-5, atol=1e-5)
+
+
 def test_export_is_aten() -> None:
     """Evaluation exports to ATen operators only, which deployment tools know."""
     for norm in (BatchNorm(8, act="relu"), BatchGroupNorm(8, 4), BatchGroupNorm(8, 3)):

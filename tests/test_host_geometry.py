@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -69,22 +70,40 @@ def expected(p: Problem, channels_last: bool, offset: int) -> tuple[int, int]:
     return d // p.spatial, cell
 
 
+def plan_of(
+    p: Problem, element_size: int, channels_last: bool, aligned: bool, sms: int, **options: Any
+) -> Any:
+    """The streaming plan: the walk on the chip is the same, and tests/test_plan.py holds both."""
+    problem = host.Problem(
+        geometry(p),
+        element_size=element_size,
+        channels_last=channels_last,
+        aligned=aligned,
+        **options,
+    )
+    return host.plan_streaming(problem, host.Device(num_sms=sms))
+
+
 @given(problems(20, 4), ELEMENT_SIZES, st.booleans(), st.booleans(), st.integers(1, 5))
 @settings(max_examples=200, deadline=None)
 def test_every_element_once(
     p: Problem, element_size: int, channels_last: bool, aligned: bool, splits: int
 ) -> None:
     g = geometry(p)
-    plan = host.Plan(g, element_size, channels_last, aligned, num_sms=4)
+    plan = plan_of(p, element_size, channels_last, aligned, sms=4)
     # A plan splits large tensors only, but the walk must be right for any number of splits.
     plan.splits = splits
     size = g.size
     visited = []
     # Small blocks only, or the example costs a second: the plan is free to launch more of them.
     assume(plan.blocks * plan.block <= 20_000)
-    for block in range(plan.blocks):
+    for job in range(plan.blocks):
         for thread in range(plan.block):
-            visited += host.walk(g, plan, block, thread, limit=p.samples * size + 1)
+            there = host.walk(g, plan, job, thread, limit=p.samples * size + 1)
+            back = host.walk(g, plan, job, thread, limit=p.samples * size + 1, back=True)
+            steps = [there[i : i + plan.vector] for i in range(0, len(there), plan.vector)]
+            assert back == [element for step in reversed(steps) for element in step]
+            visited += there
     assert sorted(offset for offset, _, _ in visited) == list(range(p.samples * size))
     for offset, channel, cell in visited:
         assert (channel, cell) == expected(p, channels_last, offset)
@@ -101,7 +120,7 @@ def test_apply_in_place_touches_every_element_once(
     x = torch.arange(1, numel + 1, dtype=torch.float32)
     cells = geometry(p).cells
     mean, rstd = torch.zeros(cells), torch.full((cells,), 2.0)
-    problem = host.Problem(
+    call = host.Call(
         dtype="float32",
         channels_last=channels_last,
         samples=p.samples,
@@ -109,11 +128,11 @@ def test_apply_in_place_touches_every_element_once(
         spatial=p.spatial,
         num_groups=p.groups,
         per_sample=p.per_sample,
-        sms=sms,
+        device=host.Device(num_sms=sms),
     )
     want = 2 * x
     pointers = (x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), 0, 0, 0, x.data_ptr())
-    host.apply(problem, *pointers, 0, 0.0)
+    host.apply(call, *pointers, 0, 0.0, 0)
     assert torch.equal(x, want)
 
 
@@ -127,29 +146,14 @@ def test_plan_of_any_size(
     sms: int,
     data: st.DataObject,
 ) -> None:
-    """Up to 2^46 elements: the limits of a launch, and 64-bit offsets at both ends of the work."""
+    """Up to 2^46 elements: 64-bit offsets at both ends of the work."""
     g = geometry(p)
     assume(g.size * (p.spatial + g.group_size) < 1 << 63)
-    plan = host.Plan(g, element_size, channels_last, aligned, sms)
-    assert plan.block % 32 == 0
-    assert 32 <= plan.block <= 256
-    assert plan.combine_block % 32 == 0
-    assert 32 <= plan.combine_block <= 256
-    assert plan.block % plan.lanes == 0
-    assert plan.vector in (1, 16 // element_size)
-    assert aligned or plan.vector == 1
-    assert 1 <= plan.grid <= min(plan.blocks, (1 << 31) - 1)
-    assert plan.blocks == plan.tiles * plan.splits
-    # Splits are for filling the device: at most one block a tile more than wanted.
-    assert plan.splits == 1 or plan.blocks <= 8 * sms + plan.tiles
-    partials = g.sets * g.pieces * plan.splits
-    assert host.forward_workspace_bytes(g, plan, 4) == 16 * partials
-    assert host.backward_workspace_bytes(g, plan, 4) == 8 * (partials + g.cells)
-
+    plan = plan_of(p, element_size, channels_last, aligned, sms)
     numel = p.samples * g.size
-    block = data.draw(st.sampled_from([0, plan.blocks // 2, plan.blocks - 1]))
+    job = data.draw(st.sampled_from([0, plan.blocks // 2, plan.blocks - 1]))
     thread = data.draw(st.sampled_from([0, plan.block - 1]))
-    for offset, channel, cell in host.walk(g, plan, block, thread, limit=32):
+    for offset, channel, cell in host.walk(g, plan, job, thread, limit=32):
         assert 0 <= offset < numel
         assert (channel, cell) == expected(p, channels_last, offset)
 
@@ -157,6 +161,26 @@ def test_plan_of_any_size(
 def test_small_work_is_split_over_a_large_device() -> None:
     """Few channels, many elements: the blocks of one channel share it."""
     for channels_last in (False, True):
-        plan = host.Plan(host.Geometry(32, 3, 50_000, 3, False), 4, channels_last, True, 132)
-        assert plan.splits > 1
-        assert plan.blocks >= 2 * 132
+        plan = plan_of(Problem(32, 3, 50_000, 3, False), 4, channels_last, True, 132)
+        assert plan.blocks >= 132
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", [16, 64, 512])
+def test_any_channels_fill_whole_waves(channels: int, channels_last: bool) -> None:
+    """C = 64 keeps an H200 as busy as C = 512: the last wave is nearly full."""
+    p = Problem(256, channels, 56 * 56, channels, False)
+    plan = plan_of(p, 2, channels_last, True, 132)
+    resident = 132 * plan.ctas_per_sm
+    waves = plan.blocks / resident
+    assert waves / math.ceil(waves) >= 0.9
+
+
+ODD = [(7, 2, "frames"), (7, 4, "frames"), (14, 2, "frames"), (14, 4, "runs"), (56, 2, "runs")]
+
+
+@pytest.mark.parametrize(("side", "element_size", "pattern"), ODD)
+def test_odd_images_move_16_bytes_an_access(side: int, element_size: int, pattern: str) -> None:
+    plan = plan_of(Problem(32, 512, side * side, 512, False), element_size, False, True, 132)
+    assert plan.pattern == getattr(host.Pattern, pattern)
+    assert plan.vector * element_size == 16

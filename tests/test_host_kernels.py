@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import host_ops
-from host_ops import Kernels, acc_dtype, place
+from host_ops import Kernels, acc_dtype, place, same_bits
 
 MODULE = host_ops.load()
 EPS = 1e-5
@@ -47,14 +48,20 @@ class Case:
     residual: bool = False
     shift: int = 0
     sms: int = 4
+    counters: bool = True
+    path: str = "streaming"
+    device: tuple[tuple[str, int], ...] = ()
+    mask: bool = False
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         parts = [shape, f"g{self.groups}", str(self.dtype).removeprefix("torch."), self.act]
-        options = ("per_sample", "channels_last", "residual")
+        options = ("per_sample", "channels_last", "residual", "mask")
         parts += [name for name in options if getattr(self, name)]
         parts += [] if self.affine else ["plain"]
         parts += [f"shift{self.shift}"] if self.shift else []
+        parts += [] if self.counters else ["unfolded"]
+        parts += [self.path] if self.path != "streaming" else []
         return "-".join(parts)
 
 
@@ -96,15 +103,12 @@ def cells(x: Tensor, case: Case) -> tuple[Tensor, tuple[int, ...]]:
     return x.reshape(x.shape[0], case.groups, -1), (2,) if case.per_sample else (0, 2)
 
 
-def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    return v.view(1, -1, *[1] * (x.dim() - 2))
-
-
 def finish(xhat: Tensor, inputs: Inputs, act: str) -> Tensor:
     """Affine, residual and activation in xhat's dtype."""
     z = xhat
     if inputs.weight is not None and inputs.bias is not None:
-        z = z * per_channel(inputs.weight.to(z), z) + per_channel(inputs.bias.to(z), z)
+        shape = (-1, *[1] * (z.dim() - 2))
+        z = z * inputs.weight.to(z).view(shape) + inputs.bias.to(z).view(shape)
     if inputs.residual is not None:
         z = z + inputs.residual.to(z)
     return ACTIVATIONS[act](z)
@@ -176,15 +180,28 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, terms: 
     assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}, torch {torch_error:.3e}"
 
 
-def run(case: Case, inputs: Inputs, order: tuple[str, int], live: float = 1.0) -> dict[str, Tensor]:
-    """Forward, apply and backward in one order of threads and blocks."""
-    k = Kernels(MODULE, *order, sms=case.sms)
+def run(
+    case: Case,
+    inputs: Inputs,
+    order: tuple[str, int],
+    live: float = 1.0,
+    plans: list[Any] | None = None,
+) -> dict[str, Tensor]:
+    """Forward, apply and backward in one order of threads and blocks; `plans` gets what was run."""
+    device = {"num_sms": case.sms, **dict(case.device)}
+    k = Kernels(MODULE, *order, device=device, counters=case.counters, path=case.path)
     i, tail = inputs, (case.groups, case.per_sample)
-    y, mean, rstd, var = k.forward(i.x, i.weight, i.bias, i.residual, *tail, EPS, case.act, SLOPE)
-    again = k.apply(i.x, mean, rstd, i.weight, i.bias, i.residual, *tail, case.act, SLOPE)
-    dx, dweight, dbias, dresidual = k.backward(
-        i.dy, i.x, mean, rstd, i.weight, i.bias, i.residual, *tail, live, case.act, SLOPE
+    y, mean, rstd, var, mask = k.forward(
+        i.x, i.weight, i.bias, i.residual, *tail, EPS, case.act, SLOPE, save_mask=case.mask
     )
+    plans = [] if plans is None else plans
+    plans.append(k.plan)
+    again = k.apply(i.x, mean, rstd, i.weight, i.bias, i.residual, *tail, case.act, SLOPE)
+    residual = None if case.mask else i.residual
+    dx, dweight, dbias, dresidual = k.backward(
+        i.dy, i.x, mean, rstd, i.weight, i.bias, residual, *tail, live, case.act, SLOPE, mask
+    )
+    plans.append(k.plan)
     out = {"y": y, "mean": mean, "rstd": rstd, "var": var, "apply": again}
     out |= {"dx": dx, "dweight": dweight, "dbias": dbias}
     if dresidual is not None:
@@ -192,13 +209,11 @@ def run(case: Case, inputs: Inputs, order: tuple[str, int], live: float = 1.0) -
     return out
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.clone().view(torch.uint8).equal(b.clone().view(torch.uint8))
-
-
-def check(case: Case) -> None:
+def check(case: Case) -> list[Any]:
+    """All outputs against float64, and the same bits in every order; the plans that were run."""
     inputs = make_inputs(case)
-    ours = run(case, inputs, ORDERS[0])
+    plans: list[Any] = []
+    ours = run(case, inputs, ORDERS[0], plans=plans)
     assert same_bits(ours["apply"].contiguous(), ours["y"].contiguous()), "apply is not forward's"
 
     acc = acc_dtype(case.dtype)
@@ -215,6 +230,7 @@ def check(case: Case) -> None:
         other = run(case, inputs, order)
         for name, tensor in ours.items():
             assert same_bits(tensor.contiguous(), other[name].contiguous()), f"{name} in {order}"
+    return plans
 
 
 # One row a regime of groups against channels and positions, with sizes that fit no power of two.

@@ -213,3 +213,45 @@ def test_fx_sees_one_call() -> None:
     torch.testing.assert_close(torch.fx.GraphModule(model, graph)(x), model(x))
     calls = [n.target.__name__ for n in graph.nodes if n.op == "call_function"]
     assert calls == ["batch_group_norm", "group_norm"]
+
+
+@pytest.mark.parametrize("norm", [lambda: BatchNorm(6, act="relu"), lambda: BatchGroupNorm(6, 2)])
+def test_parametrized_weight(norm, target: tuple[str, str]) -> None:
+    """torch.nn.utils.parametrize takes the weight out of the parameters: its values still count."""
+
+    class Doubled(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return 2 * w
+
+    plain, doubled = norm().to(target[0]), norm().to(target[0])
+    nn.init.constant_(plain.weight, 2)
+    nn.utils.parametrize.register_parametrization(doubled, "weight", Doubled())
+    x = torch.randn(4, 6, 5, 5, device=target[0])
+    assert torch.equal(doubled(x), plain(x))
+    doubled(x).square().sum().backward()
+    assert doubled.parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_buffers_may_be_none_or_replaced(target: tuple[str, str]) -> None:
+    """As torch's: no statistics after the fact, and other tensors in their place."""
+    norm = BatchNorm(6).to(target[0])
+    norm.running_mean = torch.full((6,), 5.0, device=target[0])
+    x = torch.randn(4, 6, 5, 5, device=target[0])
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, 4.5 + 0.1 * x.mean((0, 2, 3)))
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    expected = BatchNorm(6).to(target[0])(x)
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm.eval()(x), expected)
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_subclasses_of_tensor_and_meta_take_the_long_way(act: str | None) -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    x = torch.randn(4, 6, 5, 5)
+    a, b = BatchNorm(6, act=act), BatchNorm(6, act=act)
+    torch.testing.assert_close(a(x.as_subclass(Marked)).as_subclass(torch.Tensor), b(x))
+    assert a.num_batches_tracked == b.num_batches_tracked == 1
+    assert BatchNorm(6, act=act, device="meta")(x.to("meta")).shape == x.shape

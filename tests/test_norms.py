@@ -26,7 +26,7 @@ def run(case: Case, device: str, backend: str) -> dict[str, torch.Tensor]:
     x, weight, bias, residual = leaves
     dense = canonical(x)
     res = None if residual is None else like(residual, dense)
-    y, mean, _, var = Normalize.apply(dense, weight, bias, res, case.config(backend))
+    y, mean, _, var, _ = Normalize.apply(dense, weight, bias, res, case.config(backend))
     named = dict(zip(("dx", "dweight", "dbias", "dresidual"), leaves, strict=True))
     present = {name: t for name, t in named.items() if t is not None}
     grads = torch.autograd.grad(y, list(present.values()), inputs.dy)
@@ -38,6 +38,67 @@ def run(case: Case, device: str, backend: str) -> dict[str, torch.Tensor]:
 def test_against_float64(case: Case, target: tuple[str, str]) -> None:
     # The composition inherits the rounding of ATen's kernels, layout by layout.
     check(case, run(case, *target), make(case), same_layout=target[1] == "reference")
+
+
+EAGER = [
+    c for c in all_cases(DTYPES, LAYOUTS) if not c.per_sample or c.shape[1] % c.num_groups == 0
+]
+
+
+@pytest.mark.parametrize("case", EAGER, ids=str)
+def test_eager_against_float64(case: Case, target: tuple[str, str]) -> None:
+    """What the public functions do of a plain tensor, in one operator; and running statistics."""
+    inputs = make(case, target[0])
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs.tensors()]
+    x, weight, bias, residual = leaves
+    fused = {"act": case.act, "residual": residual, "negative_slope": 0.01}
+    got, acc = {}, torch.promote_types(case.dtype, torch.float32)
+    if case.per_sample:
+        y = FF.group_norm(x, case.num_groups, weight, bias, **fused)
+    else:
+        mean, var = torch.zeros(2, case.num_groups, dtype=acc, device=target[0]).unbind()
+        tracked = torch.tensor(6, device=target[0])
+        y = FF.batch_group_norm(
+            x, case.num_groups, mean, var, weight, bias, True, 1.0, num_batches_tracked=tracked,
+            **fused,
+        )  # fmt: skip
+        assert tracked == 7
+        # With momentum 1 they are the batch's, but for the unbiased variance.
+        got = {"mean": mean, "var": var * ((case.count - 1) / case.count)}
+    named = dict(zip(("dx", "dweight", "dbias", "dresidual"), leaves, strict=True))
+    present = {name: t for name, t in named.items() if t is not None}
+    grads = torch.autograd.grad(y, list(present.values()), inputs.dy)
+    got |= dict(zip(present, grads, strict=True)) | {"y": y.detach()}
+    check(case, got, make(case), same_layout=target[1] == "reference")
+
+
+@pytest.mark.parametrize("groups", [6, 2, 4])
+@pytest.mark.parametrize("wants", ["x", "weight", "residual", "nothing", "no_grad"])
+def test_gradients_reach_whoever_wants_them(
+    wants: str, groups: int, target: tuple[str, str]
+) -> None:
+    i = make(Case((3, 6, 4, 2), groups, act="relu", residual=True), target[0])
+    named = {"x": i.x, "weight": i.weight, "bias": i.bias, "residual": i.residual}
+    if wants in named:
+        named[wants].requires_grad_()
+    if wants == "no_grad":
+        i.x.requires_grad_()
+
+    def run() -> torch.Tensor:
+        return FF.batch_group_norm(
+            i.x, groups, None, None, i.weight, i.bias, True, act="relu", residual=i.residual
+        )
+
+    if wants not in named:
+        with torch.no_grad():
+            assert not run().requires_grad
+        assert run().requires_grad == (wants == "no_grad")
+        return
+    (got,) = torch.autograd.grad(run(), named[wants], i.dy)
+    for t in named.values():
+        t.requires_grad_()
+    want = torch.autograd.grad(run(), list(named.values()), i.dy)
+    assert torch.equal(got, want[list(named).index(wants)])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

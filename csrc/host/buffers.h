@@ -29,31 +29,28 @@ bool any_poison(const T* buffer, size_t count) {
   return false;
 }
 
-// Runs an op of the pipeline on a workspace of exactly `bytes`, all of which it must write.
+// The problem that a call with these parameters has been planned for.
+inline Problem problem_of(const NormParams& p, Direction direction) {
+  Problem problem{};
+  problem.geometry = p.geometry;
+  problem.element_size = element_size(p.dtype);
+  problem.direction = direction;
+  return problem;
+}
+
+// Runs an op of the pipeline on a workspace of exactly its size, and with exactly as many counters
+// as the plan asks for, or none; they must be zero again afterwards.
 template <typename Op>
-void run_with_workspace(NormParams params, int64_t bytes, const Op& op) {
+void run(NormParams params, Direction direction, bool counted, const Op& op) {
+  const int64_t bytes = workspace_bytes(problem_of(params, direction), params.plan);
   const auto workspace = poisoned<char>(static_cast<size_t>(bytes));
   params.workspace = workspace.get();
+  const std::unique_ptr<unsigned[]> counters(new unsigned[params.plan.counters]());
+  params.counters = counted && params.plan.counters > 0 ? counters.get() : nullptr;
   op(params);
-  const auto check = [&](auto word) {
-    const auto* words = reinterpret_cast<const decltype(word)*>(workspace.get());
-    if (any_poison(words, bytes / sizeof(word))) {
-      throw std::runtime_error("a partial result was not written");
-    }
-  };
-  accumulator_size(params.dtype) == 8 ? check(double{}) : check(float{});
-}
-
-inline void run_forward(const NormParams& params) {
-  const int64_t bytes =
-      forward_workspace_bytes(params.geometry, params.plan, accumulator_size(params.dtype));
-  run_with_workspace(params, bytes, [](const NormParams& p) { forward(p); });
-}
-
-inline void run_backward(const NormParams& params) {
-  const int64_t bytes =
-      backward_workspace_bytes(params.geometry, params.plan, accumulator_size(params.dtype));
-  run_with_workspace(params, bytes, [](const NormParams& p) { backward(p); });
+  for (int64_t i = 0; i < params.plan.counters; ++i) {
+    if (counters[i] != 0) throw std::runtime_error("a counter was not set back to zero");
+  }
 }
 
 // 16-byte accesses need every activation on a 16-byte boundary; absent ones do not mind.

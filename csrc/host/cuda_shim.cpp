@@ -1,197 +1,222 @@
-// The scheduler behind cuda_shim.h: the order threads run in, barriers, shuffles, the shared arena.
+// The scheduler behind cuda_shim.h: which blocks run together, in which order their threads do,
+// barriers, shuffles, clusters and spins.
 //
 // A fiber runs until it waits for others, so a block costs threads x barriers switches. Forward and
-// reversed drive each warp as far as it gets before the next one starts, which is the largest skew
-// that a missing barrier can meet; shuffled interleaves the warps and permutes their lanes anew at
-// every step.
+// reversed drive each block, and in it each warp, as far as it gets before the next one starts,
+// which is the largest skew that a missing barrier can meet; shuffled interleaves blocks and warps
+// and permutes lanes anew at every step.
 #include "cuda_shim.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <exception>
-#include <memory>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "fiber.h"
+#include "gang.h"
 
 namespace fusednorm::host {
-namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kMaxThreads = 1024;
-// What a device grants a kernel without being asked for more.
-constexpr size_t kSharedBytes = 48 * 1024;
-constexpr size_t kRedZone = 128;
-constexpr size_t kMaxArrays = 32;
+Gang gang;
 
-enum class State { kReady, kBlockWait, kWarpWait, kReturned };
-
-// What a thread waits for: one line of the kernel and, for warps, one mask.
-struct Wait {
-  Word word;
-  Site site;
-  unsigned mask;
-};
-
-bool operator==(const Wait& a, const Wait& b) {
-  return a.word == b.word && a.site.line == b.site.line && a.mask == b.mask &&
-         std::strcmp(a.site.file, b.site.file) == 0;
-}
-
-struct Fiber {
-  Stack stack;
-  Context context;
-  uint3 thread;
-  State state = State::kReturned;
-  Wait wait;
-  // What it brings to the others, then what it gets.
-  uint64_t value;
-  int source;
-};
-
-struct Array {
-  const void* site;
-  char* begin;
-};
-
-class Block {
- public:
-  void run(const std::function<void()>& kernel, std::mt19937_64& random);
-  uint64_t wait(State state, const Wait& wait, uint64_t value, int source);
-  void* array(const void* site, size_t bytes, size_t alignment);
-
- private:
-  static void fiber_main();
-  void start(const std::function<void()>& kernel);
-  void resume(int index);
-  bool step(int warp, std::mt19937_64& random);
-  bool complete_exchange(int warp);
-  bool complete_barrier();
-  std::string stall() const;
-  int lanes(int warp) const { return std::min(kWarp, threads_ - warp * kWarp); }
-
-  std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<char> arena_ = std::vector<char>(kSharedBytes + 2 * kRedZone * (kMaxArrays + 1));
-  std::vector<Array> arrays_;
-  char* arena_end_ = nullptr;
-  size_t shared_bytes_ = 0;
-  const std::function<void()>* kernel_ = nullptr;
-  std::exception_ptr failure_;
-  Context scheduler_;
-  Fiber* current_ = nullptr;
-  int threads_ = 0;
-};
-
-Block block;
-
-void Block::fiber_main() {
-  Fiber& fiber = *block.current_;
-  fiber.context.begin(block.scheduler_);
+void Gang::fiber_main() {
+  Fiber& fiber = *gang.current_;
+  fiber.context.begin(gang.scheduler_);
   try {
-    (*block.kernel_)();
+    (*gang.kernel_)();
+    if (fiber.copies.pending() > 0) {
+      throw std::runtime_error("thread " + std::to_string(fiber.thread.x) +
+                               " returned with copy_async in flight: no wait covers it");
+    }
   } catch (...) {
-    block.failure_ = std::current_exception();
+    gang.failure_ = std::current_exception();
   }
   fiber.state = State::kReturned;
-  fiber.context.finish(block.scheduler_);
+  fiber.context.finish(gang.scheduler_);
 }
 
-void Block::start(const std::function<void()>& kernel) {
-  kernel_ = &kernel;
-  threads_ = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-  while (static_cast<int>(fibers_.size()) < threads_) fibers_.push_back(std::make_unique<Fiber>());
-  for (int i = 0; i < threads_; ++i) {
-    const unsigned row = i / blockDim.x;
-    fibers_[i]->thread = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
-    // Frames that a failed launch left behind still bear AddressSanitizer's marks.
-    if (fibers_[i]->state != State::kReturned) unpoison(fibers_[i]->stack.bottom(), kStackBytes);
-    fibers_[i]->state = State::kReady;
-    fibers_[i]->context.prepare_on(fibers_[i]->stack, fiber_main);
+void Gang::start(const std::vector<int64_t>& indices) {
+  count_ = static_cast<int>(indices.size());
+  const int fibers = count_ * threads_;
+  while (static_cast<int>(fibers_.size()) < fibers) {
+    fibers_.push_back(std::make_unique<Fiber>(fibers_.size() < kGuardedStacks));
   }
-  unpoison(arena_.data(), arena_.size());
-  std::memset(arena_.data(), 0xff, arena_.size());
-  poison(arena_.data(), arena_.size());
-  arrays_.clear();
-  arena_end_ = arena_.data() + kRedZone;
-  shared_bytes_ = 0;
+  while (static_cast<int>(blocks_.size()) < count_) blocks_.push_back(std::make_unique<Block>());
+  for (int b = 0; b < count_; ++b) {
+    Block& block = *blocks_[b];
+    const int64_t i = indices[b], width = shape_.grid.x, height = shape_.grid.y;
+    block.index = {static_cast<unsigned>(i % width), static_cast<unsigned>(i / width % height),
+                   static_cast<unsigned>(i / width / height)};
+    block.first_fiber = b * threads_;
+    block.first_peer = b / cluster() * cluster();
+    block.returned = 0;
+    block.started = false;
+    block.unguarded = false;
+    block.arena.reserve(layout_.capacity());
+    block.arena.hide();
+    for (int t = 0; t < threads_; ++t) {
+      Fiber& fiber = *fibers_[block.first_fiber + t];
+      const unsigned row = t / blockDim.x;
+      fiber.thread = {t % blockDim.x, row % blockDim.y, row / blockDim.y};
+      fiber.block = &block;
+      // Frames that a failed launch left behind still bear AddressSanitizer's marks.
+      if (fiber.state != State::kReturned) unpoison(fiber.stack.bottom(), kStackBytes);
+      fiber.state = State::kReady;
+      fiber.looked_at = nullptr;
+      fiber.copies.reset();
+      fiber.context.prepare_on(fiber.stack, fiber_main);
+    }
+  }
+  looking_.clear();
+  rounds_without_progress_ = 0;
 }
 
-void Block::resume(int index) {
-  current_ = fibers_[index].get();
-  threadIdx = current_->thread;
-  scheduler_.switch_to(current_->context);
+void Gang::resume(Fiber& fiber) {
+  Block& block = *fiber.block;
+  if (!block.started) {
+    block.started = true;
+    // What a peer wrote before this block ran is lost.
+    if (cluster() > 1) block.arena.hide();
+    for (const Array& array : layout_.arrays()) block.arena.show(array);
+  }
+  current_ = &fiber;
+  threadIdx = fiber.thread;
+  blockIdx = block.index;
+  scheduler_.switch_to(fiber.context);
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  if (fiber.state == State::kYielded || fiber.state == State::kSpin) {
+    looking_.push_back(&fiber);
+  } else {
+    rounds_without_progress_ = 0;
+  }
+  if (fiber.state == State::kReturned && ++block.returned == threads_) leave(block);
 }
 
-uint64_t Block::wait(State state, const Wait& wait, uint64_t value, int source) {
+// A block has exited.
+void Gang::leave(Block& block) {
+  if (block.unguarded) {
+    throw std::runtime_error("a block asked for a peer's shared memory" + at(block.unguarded_at) +
+                             ", and no cluster barrier after it keeps the peer from exiting");
+  }
+  if (cluster() > 1) block.arena.hide();
+}
+
+uint64_t Gang::wait(State state, const Wait& wait, uint64_t value, int source) {
   Fiber& fiber = *current_;
   fiber.state = state;
   fiber.wait = wait;
   fiber.value = value;
   fiber.source = source;
+  if (state != State::kYielded && state != State::kSpin) fiber.looked_at = nullptr;
   fiber.context.switch_to(scheduler_);
   return fiber.value;
 }
 
-void* Block::array(const void* site, size_t bytes, size_t alignment) {
-  for (const Array& array : arrays_) {
-    if (array.site == site) return array.begin;
+void* Gang::array(const void* site, size_t bytes, size_t alignment) {
+  const Arena& arena = current_->block->arena;
+  if (const Array* found = layout_.find(site)) return arena.at(found->offset);
+  const Array& added = layout_.add(site, bytes, alignment);
+  if (static_cast<int64_t>(layout_.total_bytes()) > limits.shared_per_block) {
+    throw std::runtime_error("static and dynamic shared memory together exceed " +
+                             std::to_string(limits.shared_per_block) + " bytes");
   }
-  shared_bytes_ += bytes;
-  if (shared_bytes_ > kSharedBytes || arrays_.size() == kMaxArrays) {
-    throw std::runtime_error("a block asks for more than " + std::to_string(kSharedBytes) +
-                             " bytes of shared memory, or more than " + std::to_string(kMaxArrays) +
-                             " arrays");
+  for (int b = 0; b < count_; ++b) {
+    if (blocks_[b]->started && blocks_[b]->returned < threads_) blocks_[b]->arena.show(added);
   }
-  const auto address = reinterpret_cast<uintptr_t>(arena_end_);
-  char* begin = arena_end_ + (alignment - address % alignment) % alignment;
-  unpoison(begin, bytes);
-  // The next array starts a red zone later, on a boundary where poisoning is exact to the byte.
-  arena_end_ = begin + (bytes + kRedZone + 15) / 16 * 16;
-  arrays_.push_back({site, begin});
-  return begin;
+  return arena.at(added.offset);
 }
 
-std::vector<int> permutation(int count, std::mt19937_64& random) {
+// The counterpart of an address in another block of the cluster.
+void* Gang::peer(void* shared, int rank, Site site) {
+  Block& mine = *current_->block;
+  const int64_t offset = mine.arena.offset_of(shared);
+  if (offset < 0 || rank < 0 || rank >= cluster()) {
+    throw std::runtime_error("cluster_peer" + at(site) + ": rank " + std::to_string(rank) + " of " +
+                             std::to_string(cluster()) +
+                             (offset < 0 ? ", not an address in this block's shared memory" : ""));
+  }
+  Block& owner = *blocks_[mine.first_peer + rank];
+  if (owner.returned == threads_) {
+    throw std::runtime_error("block read a peer's shared memory after it had exited" + at(site));
+  }
+  if (&owner != &mine) {
+    mine.unguarded = true;
+    mine.unguarded_at = site;
+  }
+  return owner.arena.at(static_cast<size_t>(offset));
+}
+
+void Gang::copy(void* shared, const void* global, Site site) {
+  const auto misaligned = [](const void* address) {
+    return reinterpret_cast<uintptr_t>(address) % Copies::kBytes != 0;
+  };
+  if (misaligned(shared) || misaligned(global)) {
+    throw std::runtime_error("misaligned address in copy_async" + at(site));
+  }
+  if (current_->block->arena.offset_of(shared) < 0) {
+    throw std::runtime_error("copy_async goes to this block's shared memory only" + at(site));
+  }
+  current_->copies.start(static_cast<char*>(shared), static_cast<const char*>(global));
+}
+
+// A thread that looks twice in a row and sees the same spins, and sleeps until there is a change.
+unsigned Gang::look(const unsigned* address, Site site) {
+  Fiber& fiber = *current_;
+  const bool spins = fiber.looked_at == address && fiber.seen == *address;
+  if (spins && !shape_.cooperative) {
+    throw std::runtime_error("a spin in a launch that is not cooperative" + at(site) +
+                             ": the block it waits for need not run before this one ends");
+  }
+  fiber.looked_at = address;
+  fiber.seen = *address;
+  wait(spins ? State::kSpin : State::kYielded, {Word::kLook, site, 0});
+  return fiber.seen = *address;
+}
+
+void Gang::arrive() {
+  rounds_without_progress_ = 0;
+  current_->looked_at = nullptr;
+  if (schedule.order != Order::kShuffled) return;
+  wait(State::kYielded, {Word::kLook, {"", 0}, 0});
+}
+
+std::vector<int> Gang::permutation(int count) {
   std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
   if (schedule.order == Order::kReversed) std::reverse(order.begin(), order.end());
-  if (schedule.order == Order::kShuffled) std::shuffle(order.begin(), order.end(), random);
+  if (schedule.order == Order::kShuffled) std::shuffle(order.begin(), order.end(), random_);
   return order;
 }
 
 // Lets every ready lane of a warp run until it waits, then completes the exchanges that are ripe.
-bool Block::step(int warp, std::mt19937_64& random) {
-  bool moved = false;
-  for (int lane : permutation(lanes(warp), random)) {
-    if (fibers_[warp * kWarp + lane]->state != State::kReady) continue;
-    resume(warp * kWarp + lane);
-    moved = true;
+bool Gang::step(Block& block, int warp) {
+  const auto* fibers = &fibers_[block.first_fiber + warp * kWarp];
+  const auto ready = [](const auto& fiber) { return fiber->state == State::kReady; };
+  bool moved = std::any_of(fibers, fibers + lanes(warp), ready);
+  if (moved) {
+    for (int lane : permutation(lanes(warp))) {
+      if (ready(fibers[lane])) resume(*fibers[lane]);
+    }
   }
-  return complete_exchange(warp) || moved;
+  return complete_exchange(fibers, lanes(warp)) || moved;
 }
 
-bool Block::complete_exchange(int warp) {
-  const auto* fibers = &fibers_[warp * kWarp];
+bool Gang::complete_exchange(const std::unique_ptr<Fiber>* fibers, int lanes) {
   bool completed = false;
-  for (int leader = 0; leader < lanes(warp); ++leader) {
+  for (int leader = 0; leader < lanes; ++leader) {
     if (fibers[leader]->state != State::kWarpWait) continue;
     const Wait wait = fibers[leader]->wait;
     uint64_t values[kWarp] = {};
     unsigned arrived = 0, votes = 0;
-    for (int lane = 0; lane < lanes(warp); ++lane) {
+    for (int lane = 0; lane < lanes; ++lane) {
       if (fibers[lane]->state != State::kWarpWait || !(fibers[lane]->wait == wait)) continue;
       values[lane] = fibers[lane]->value;
       arrived |= 1u << lane;
       if (values[lane]) votes |= 1u << lane;
     }
     if (arrived != wait.mask) continue;
-    for (int lane = 0; lane < lanes(warp); ++lane) {
+    for (int lane = 0; lane < lanes; ++lane) {
       if (!(wait.mask >> lane & 1u)) continue;
       fibers[lane]->state = State::kReady;
       fibers[lane]->value = wait.word == Word::kVote ? votes : values[fibers[lane]->source];
@@ -201,95 +226,190 @@ bool Block::complete_exchange(int warp) {
   return completed;
 }
 
-// Releases the block if all of its threads wait at one barrier.
-bool Block::complete_barrier() {
-  for (int i = 0; i < threads_; ++i) {
-    const Fiber& fiber = *fibers_[i];
-    if (fiber.state != State::kBlockWait || !(fiber.wait == fibers_[0]->wait)) return false;
-  }
-  for (int i = 0; i < threads_; ++i) fibers_[i]->state = State::kReady;
+// Releases these fibers if all of them wait at one barrier.
+bool Gang::complete(int first_fiber, int count, State state) {
+  const auto first = fibers_.begin() + first_fiber;
+  const bool together = std::all_of(first, first + count, [&](const auto& fiber) {
+    return fiber->state == state && fiber->wait == (*first)->wait;
+  });
+  if (together) std::for_each(first, first + count, [](auto& f) { f->state = State::kReady; });
+  return together;
+}
+
+bool Gang::complete_cluster(int first_block) {
+  const int first_fiber = blocks_[first_block]->first_fiber;
+  if (!complete(first_fiber, cluster() * threads_, State::kClusterWait)) return false;
+  for (int b = 0; b < cluster(); ++b) blocks_[first_block + b]->unguarded = false;
   return true;
 }
 
-// One line for every run of threads that wait for the same thing.
-std::string Block::stall() const {
-  const auto describe = [](const Fiber& fiber) -> std::string {
-    if (fiber.state == State::kReturned) return "returned";
-    const std::string where =
-        std::string(" at ") + fiber.wait.site.file + ":" + std::to_string(fiber.wait.site.line);
-    if (fiber.state == State::kBlockWait) return "wait for the block" + where;
-    char mask[16];
-    std::snprintf(mask, sizeof(mask), "0x%08x", fiber.wait.mask);
-    return std::string("wait for lanes ") + mask + where;
-  };
-  std::string text = "divergent barrier or shuffle in block (" + std::to_string(blockIdx.x) + ", " +
-                     std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + "):";
-  for (int first = 0, i = 1; i <= threads_; ++i) {
-    if (i < threads_ && describe(*fibers_[i]) == describe(*fibers_[first])) continue;
-    text += "\n  threads " + std::to_string(first) + "-" + std::to_string(i - 1) + " " +
-            describe(*fibers_[first]);
-    first = i;
-  }
-  return text;
-}
-
-void Block::run(const std::function<void()>& kernel, std::mt19937_64& random) {
-  start(kernel);
-  const int warps = (threads_ + kWarp - 1) / kWarp;
-  do {
-    for (bool moved = true; moved;) {
-      moved = false;
-      for (int warp : permutation(warps, random)) {
-        while (step(warp, random)) {
-          moved = true;
-          if (schedule.order == Order::kShuffled) break;
-        }
+// Lets a block run, in shuffled order by one step of each warp, else until it waits for others.
+bool Gang::advance(Block& block) {
+  const bool shuffled = schedule.order == Order::kShuffled;
+  bool moved = false;
+  for (bool again = block.returned < threads_; again;) {
+    again = false;
+    for (int warp : permutation(warps_)) {
+      if (slow_[(block.first_fiber / threads_) * warps_ + warp]) continue;
+      while (step(block, warp)) {
+        again = true;
+        if (shuffled) break;
       }
     }
-  } while (complete_barrier());
-  for (int i = 0; i < threads_; ++i) {
-    if (fibers_[i]->state != State::kReturned) throw std::runtime_error(stall());
+    again |= complete(block.first_fiber, threads_, State::kBlockWait);
+    moved |= again;
+    if (shuffled) break;
+  }
+  return moved;
+}
+
+// Readies those who may look again: it is somebody else's turn in between.
+bool Gang::wake() {
+  const auto asleep = [](const Fiber* f) {
+    return f->state == State::kSpin && *f->looked_at == f->seen;
+  };
+  const auto end = std::partition(looking_.begin(), looking_.end(), asleep);
+  const bool woke = end != looking_.end();
+  for (auto i = end; i != looking_.end(); ++i) (*i)->state = State::kReady;
+  looking_.erase(end, looking_.end());
+  return woke;
+}
+
+// Some warps, and all warps of some blocks, in shuffled order where several blocks run together.
+bool Gang::draw_slow() {
+  slow_.assign(static_cast<size_t>(count_) * warps_, false);
+  if (schedule.order != Order::kShuffled || count_ == 1) return false;
+  for (int b = 0; b < count_; ++b) {
+    const bool slow_block = random_() % 4 == 0;
+    for (int w = 0; w < warps_; ++w) slow_[b * warps_ + w] = slow_block || random_() % 4 == 0;
+  }
+  return true;
+}
+
+void Gang::run() {
+  // Slow warps wait until nobody else gets any further: for then and a new draw.
+  for (bool fair = !draw_slow();;) {
+    bool moved = false;
+    for (int b : permutation(count_)) moved |= advance(*blocks_[b]);
+    for (int b = 0; b < count_; b += cluster()) moved |= complete_cluster(b);
+    moved |= wake();
+    if (moved && ++rounds_without_progress_ > kPatience) fail();
+    if (!moved && fair) break;
+    if (fair) {
+      fair = !draw_slow();
+    } else if (!moved || rounds_without_progress_ > kPatience / 2) {
+      std::fill(slow_.begin(), slow_.end(), false);
+      fair = true;
+    }
+  }
+  for (int b = 0; b < count_; ++b) {
+    if (blocks_[b]->returned < threads_) fail();
   }
 }
 
-}  // namespace
+void Gang::fail() const {
+  constexpr int kShown = 4;
+  std::string text = looking_.empty() && rounds_without_progress_ <= kPatience
+                         ? "divergent barrier or shuffle"
+                         : "deadlock: nobody is left to end a spin";
+  int stalled = 0;
+  for (int b = 0; b < count_; ++b) {
+    if (blocks_[b]->returned < threads_ && ++stalled <= kShown)
+      text += stall(*blocks_[b], &fibers_[b * threads_], threads_) + "\n";
+  }
+  text += "  " + std::to_string(stalled) + " of " + std::to_string(count_) + " blocks wait";
+  throw std::runtime_error(text);
+}
+
+void Gang::launch(const Shape& shape, const std::function<void()>& kernel) {
+  check(shape);
+  ++launches;
+  shape_ = shape;
+  gridDim = shape.grid;
+  blockDim = shape.block;
+  kernel_ = &kernel;
+  layout_ = Layout(static_cast<size_t>(shape.shared_bytes));
+  random_.seed(schedule.seed);
+  threads_ = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  warps_ = (threads_ + kWarp - 1) / kWarp;
+  // Runs of `cluster` blocks in the schedule's order. A cooperative grid runs together; of others
+  // a few may in shuffled order, as chance will have it on a device.
+  const int64_t runs = int64_t{gridDim.x} * gridDim.y * gridDim.z / cluster();
+  std::vector<int64_t> together;
+  const std::vector<int> order = permutation(static_cast<int>(runs));
+  for (size_t i = 0; i < order.size();) {
+    size_t share = 1;
+    if (schedule.order == Order::kShuffled) share += random_() % kShuffledRuns;
+    if (shape.cooperative) share = order.size();
+    together.clear();
+    for (const size_t end = std::min(i + share, order.size()); i < end; ++i) {
+      for (int64_t b = 0; b < cluster(); ++b) together.push_back(order[i] * shape.cluster + b);
+    }
+    start(together);
+    run();
+  }
+}
 
 uint64_t exchange(Word word, unsigned mask, uint64_t value, int source, Site site) {
   const int lane = host::lane();
   if (!(mask >> lane & 1u) || (word == Word::kShuffle && !(mask >> source & 1u))) {
     throw std::runtime_error("lane " + std::to_string(lane) + " reads lane " +
-                             std::to_string(source) + ", but the mask at " + site.file + ":" +
-                             std::to_string(site.line) + " does not name both");
+                             std::to_string(source) + ", but the mask" + at(site) +
+                             " does not name both");
   }
-  return block.wait(State::kWarpWait, {word, site, mask}, value, source);
+  return gang.wait(State::kWarpWait, {word, site, mask}, value, source);
 }
 
 void barrier(Site site) {
-  block.wait(State::kBlockWait, {Word::kBarrier, site, 0}, 0, 0);
+  gang.wait(State::kBlockWait, {Word::kBarrier, site, 0});
+}
+
+int cluster_size() {
+  return gang.cluster();
+}
+
+int cluster_rank() {
+  return static_cast<int>(blockIdx.x) % gang.cluster();
+}
+
+void cluster_barrier(Site site) {
+  gang.wait(State::kClusterWait, {Word::kCluster, site, 0});
+}
+
+void* cluster_peer(void* shared, int rank, Site site) {
+  return gang.peer(shared, rank, site);
+}
+
+void copy_async(void* shared, const void* global, Site site) {
+  gang.copy(shared, global, site);
+}
+
+void copy_async_commit() {
+  gang.current().copies.commit();
+}
+
+void copy_async_wait(int allowed) {
+  gang.current().copies.wait(allowed);
+}
+
+unsigned load_acquire(const unsigned* address, Site site) {
+  return gang.look(address, site);
+}
+
+void arrive() {
+  gang.arrive();
 }
 
 void* shared_bytes(const void* site, size_t bytes, size_t alignment) {
-  return block.array(site, bytes, alignment);
+  return gang.array(site, bytes, alignment);
 }
 
-void launch(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
-  const auto within = [](dim3 size, unsigned x, unsigned y, unsigned z) {
-    return size.x - 1 < x && size.y - 1 < y && size.z - 1 < z;
-  };
-  if (!within(grid, 0x7fffffffu, 65535, 65535) || !within(threads, kMaxThreads, kMaxThreads, 64) ||
-      uint64_t{threads.x} * threads.y * threads.z > kMaxThreads) {
-    throw std::invalid_argument("invalid configuration: a device takes no such grid or block");
-  }
-  ++launches;
-  gridDim = grid;
-  blockDim = threads;
-  std::mt19937_64 random(schedule.seed);
-  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
-  for (int64_t i : permutation(static_cast<int>(blocks), random)) {
-    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                static_cast<unsigned>(i / grid.x / grid.y)};
-    block.run(kernel, random);
-  }
+unsigned char* dynamic_shared() {
+  return reinterpret_cast<unsigned char*>(gang.current().block->arena.at(gang.dynamic().offset));
+}
+
+void launch(const Shape& shape, const std::function<void()>& kernel) {
+  gang.launch(shape, kernel);
 }
 
 }  // namespace fusednorm::host

@@ -102,12 +102,12 @@ inline void check_barriers_are_needed() {
 }
 
 template <typename Kernel>
-void expect_error(const char* what, const char* part, int threads, const Kernel& kernel) {
+void expect_error(const char* what, const char* part, const Shape& shape, const Kernel& kernel) {
   for (const Ordered& order : kOrders) {
     schedule = order.schedule;
     std::string message;
     try {
-      launch(1, threads, kernel);
+      launch(shape, kernel);
     } catch (const std::exception& error) {
       message = error.what();
     }
@@ -115,6 +115,11 @@ void expect_error(const char* what, const char* part, int threads, const Kernel&
     expect(found, std::string(what) + " (" + order.name +
                       "): " + (message.empty() ? "no error" : message));
   }
+}
+
+template <typename Kernel>
+void expect_error(const char* what, const char* part, unsigned threads, const Kernel& kernel) {
+  expect_error(what, part, Shape{1, threads}, kernel);
 }
 
 inline void check_divergence_is_reported() {
@@ -262,11 +267,11 @@ inline const Fatal kFatal[] = {
 };
 
 // Runs this program again with `--fatal index` and looks at how it died.
-inline void check_fatal(const char* program) {
-  for (size_t i = 0; i < std::size(kFatal); ++i) {
+inline void check_fatal(const char* program, const Fatal* fatal, size_t count, size_t first) {
+  for (size_t i = 0; i < count; ++i) {
     int ends[2];
     if (pipe(ends) != 0) std::abort();
-    const std::string index = std::to_string(i);
+    const std::string index = std::to_string(first + i);
     const pid_t child = fork();
     if (child == 0) {
       dup2(ends[1], STDERR_FILENO);
@@ -281,9 +286,8 @@ inline void check_fatal(const char* program) {
     int status = 0;
     waitpid(child, &status, 0);
     const bool died = !WIFEXITED(status) || WEXITSTATUS(status) != 0;
-    expect(
-        died && report.find(kFatal[i].report) != std::string::npos,
-        std::string(kFatal[i].name) + " ends with " + kFatal[i].report + ", not with:\n" + report);
+    expect(died && report.find(fatal[i].report) != std::string::npos,
+           std::string(fatal[i].name) + " ends with " + fatal[i].report + ", not with:\n" + report);
   }
 }
 
@@ -304,7 +308,7 @@ inline void check_detectors(const char* program) {
   check_words();
   check_conversions();
   check_unwritten_is_found();
-  check_fatal(program);
+  check_fatal(program, kFatal, std::size(kFatal), 0);
 }
 
 }  // namespace fusednorm::host

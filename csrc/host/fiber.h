@@ -46,16 +46,24 @@ inline void unpoison(const void* begin, size_t bytes) {
 
 class Stack {
  public:
-  Stack() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+  // Unguarded: AddressSanitizer's guard alone, which costs no mapping.
+  explicit Stack(bool guarded) : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
     void* memory = mmap(nullptr, page_ + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<char*>(memory);
-    if (mprotect(memory_, page_, PROT_NONE) != 0) throw std::bad_alloc();
+    if (!guarded) {
+      poison(memory_, page_);
+    } else if (mprotect(memory_, page_, PROT_NONE) != 0) {
+      throw std::bad_alloc();
+    }
   }
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
-  ~Stack() { munmap(memory_, page_ + kStackBytes); }
+  ~Stack() {
+    unpoison(memory_, page_ + kStackBytes);
+    munmap(memory_, page_ + kStackBytes);
+  }
   char* bottom() const { return memory_ + page_; }
 
  private:

@@ -7,10 +7,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 #include <vector>
 
-#include "detectors.h"
+#include "detectors_together.h"
 #include "plain_loops.h"
 
 #if !defined(__SANITIZE_ADDRESS__)
@@ -28,8 +29,45 @@ namespace {
 constexpr double kEps = 1e-5;
 constexpr double kLive = 0.75;
 constexpr double kSlope = 0.1;
-// Few enough for tiny problems to fill, many enough for their reductions to be split.
-constexpr int kSms = 4;
+// Few enough SMs for tiny problems to fill, many enough for their reductions to be split; so little
+// shared memory that their slices take one CTA, a cluster, or a share of a cooperative grid.
+constexpr Device small_device(int shared, bool cooperative, int max_cluster) {
+  Device device = kH200;
+  device.num_sms = 4;
+  device.shared_per_block = device.shared_per_sm = shared;
+  device.cooperative = cooperative;
+  device.max_cluster = max_cluster;
+  return device;
+}
+
+// What a case is run by. On chip means wherever it fits: no other plan is faster than forever.
+struct Way {
+  const char* name;
+  bool on_chip;
+  bool counters;
+  Device device;
+};
+constexpr Way kWays[] = {
+    {"streaming", false, true, small_device(8192, false, 1)},
+    {"streaming without counters", false, false, small_device(8192, false, 1)},
+    {"on chip", true, true, small_device(200000, false, 1)},
+    {"on chip in clusters", true, true, small_device(8192, false, 4)},
+    {"on chip in a grid", true, true, small_device(8192, true, 1)},
+};
+int ways_run[std::size(kWays)] = {};
+
+NormParams planned(NormParams p, const Case& c, Direction direction, const Way& way) {
+  const bool reads_residual =
+      p.residual != nullptr && !(direction == Direction::kBackward && p.mask);
+  const Problem problem{
+      p.geometry,     element_size(p.dtype), c.channels_last,        aligned(p), direction,
+      reads_residual, p.mask != nullptr,     p.dresidual != nullptr, p.act};
+  p.plan = plan_streaming(problem, way.device);
+  if (way.on_chip) p.plan = plan_on_chip(problem, way.device, p.plan, 1e30);
+  if (p.plan.path == Path::kStreaming) p.plan = limit_grid(p.plan, c.grid);
+  ways_run[&way - kWays] += (p.plan.path == Path::kOnChip) == way.on_chip;
+  return p;
+}
 
 // Numbers in [-1, 1) from a counter, the same everywhere.
 double noise(uint64_t counter) {
@@ -118,7 +156,7 @@ void append(std::string& bytes, const U* data, size_t count) {
 }
 
 template <typename T>
-void check_case(const Case& c, DType dtype) {
+void check_case(const Case& c, DType dtype, const Way& way) {
   using A = Accumulator<T>;
   Activation<T> x(c), dy(c), residual(c);
   Inputs in;
@@ -156,17 +194,24 @@ void check_case(const Case& c, DType dtype) {
     p.slope = kSlope;
     p.act = c.act;
     p.out = y.begin();
-    p.plan = make_plan(p.geometry, element_size(dtype), c.channels_last, aligned(p), kSms);
-    p.plan = limit_grid(p.plan, c.grid);
-    run_forward(p);
+    // The masks of both must agree; the one is written on chip where the other is not.
+    const bool masked = c.act == kRelu && c.residual;
+    const int64_t mask_bytes = ceil_div(c.numel(), 16 / int64_t(sizeof(T)));
+    auto mask = poisoned<uint8_t>(mask_bytes), mask_again = poisoned<uint8_t>(mask_bytes);
+    p.mask = masked ? mask.get() : nullptr;
+    run(planned(p, c, Direction::kForward, way), Direction::kForward, way.counters,
+        [](const NormParams& q) { forward(q); });
     p.out = again.begin();
-    apply(p);
+    p.mask = masked ? mask_again.get() : nullptr;
+    apply(planned(p, c, Direction::kApply, way));
+    expect(std::memcmp(mask.get(), mask_again.get(), mask_bytes) == 0 || !masked, "the same masks");
     p.dy = dy.begin();
     p.out = dx.begin();
     p.dresidual = c.residual && c.act != kNone ? dresidual.begin() : nullptr;
     p.dweight = dweight.get();
     p.dbias = dbias.get();
-    run_backward(p);
+    run(planned(p, c, Direction::kBackward, way), Direction::kBackward, way.counters,
+        [](const NormParams& q) { backward(q); });
 
     std::string bytes;
     for (const T* tensor : {y.begin(), dx.begin(), dresidual.begin()}) {
@@ -194,10 +239,14 @@ void check_case(const Case& c, DType dtype) {
 }
 
 void check(const Case& c) {
-  check_case<float>(c, DType::kFloat32);
-  check_case<__half>(c, DType::kFloat16);
-  check_case<__nv_bfloat16>(c, DType::kBFloat16);
-  check_case<double>(c, DType::kFloat64);
+  // Half and bfloat16 differ in their conversions only, and double never stays on the chip.
+  for (const Way& way : kWays) {
+    check_case<float>(c, DType::kFloat32, way);
+    check_case<__half>(c, DType::kFloat16, way);
+    if (&way != kWays) continue;
+    check_case<__nv_bfloat16>(c, DType::kBFloat16, way);
+    check_case<double>(c, DType::kFloat64, way);
+  }
 }
 
 // Every regime of groups against channels and positions, in both layouts, with statistics of the
@@ -285,11 +334,15 @@ void check_update_running() {
 int main(int argc, char** argv) {
   using namespace fusednorm::host;
   if (argc == 3 && std::string(argv[1]) == "--fatal") {
-    kFatal[std::atoi(argv[2])].run();
+    const size_t index = std::atoi(argv[2]), plain = std::size(kFatal);
+    (index < plain ? kFatal[index] : kFatalTogether[index - plain]).run();
     return 0;
   }
   check_detectors(argv[0]);
+  check_together();
+  check_fatal(argv[0], kFatalTogether, std::size(kFatalTogether), std::size(kFatal));
   check_kernels();
+  for (const Way& way : kWays) expect(ways_run[&way - kWays] > 100, way.name);
   check_update_running();
   std::printf("%lld launches, %d failures\n", static_cast<long long>(launches), failures);
   return failures == 0 ? 0 : 1;

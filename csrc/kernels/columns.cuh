@@ -1,9 +1,14 @@
-// The access pattern of NHWC: a tile is lanes*V neighbouring channels over a set's rows.
+// The access pattern of NHWC, and of NCHW with short or odd runs: a tile is lanes*V neighbouring
+// elements of a row, over a set's rows.
 //
-// A row is a (sample, position) of one of the Q = max(1, G/C) ranges into which groups cut a
-// channel; range q of channel c is piece c*Q + q. Threads lie along channels first, so a warp reads
-// contiguous memory, and then along rows. A thread keeps the state of its V channels in registers,
-// and the block reduces them over its rows. Serves every G that divides C or is divided by it.
+//   columns  a row is a (sample, position) of one of the Q = max(1, G/C) ranges into which groups
+//            cut a channel, and holds C channels; range q of channel c is piece c*Q + q
+//   frames   a row is a sample of NCHW, D elements, and holds P pieces of `even` elements each
+//
+// Threads lie along the row first, so a warp reads contiguous memory, and then along rows; with
+// lanes no power of two, the last threads idle. A thread keeps the states of its V columns in
+// registers, the block reduces them over its rows and, in frames, over the columns of a piece.
+// Serves every G that divides C or is divided by it.
 #pragma once
 
 #include "cursor.cuh"
@@ -18,70 +23,115 @@ class Columns {
  public:
   using Element = T;
   static constexpr int kVector = V;
+  static constexpr bool kRuns = false;
   static constexpr int kWidth = V;
   static constexpr int kShared = kMaxBlock / 2 * V;
 
-  FUSEDNORM_DEVICE Columns(const Geometry& g, const Plan& plan, int64_t block)
+  FUSEDNORM_DEVICE Columns(const Geometry& g, const Plan& plan, int64_t job)
       : geometry_(g), plan_(plan) {
-    // block = ((set*Q + range)*column_tiles + column_tile)*splits + split
-    const int64_t tile = block / plan.splits;
+    // job = ((set*Q + range)*column_tiles + column_tile)*splits + split
+    const int64_t tile = job / plan.splits;
+    split_ = int(job - tile * plan.splits);
     const int64_t slab = tile / plan.column_tiles;
-    split_ = block - tile * plan.splits;
     set_ = slab / plan.ranges;
-    range_ = slab - set_ * plan.ranges;
-    const int64_t column_tile = tile - slab * plan.column_tiles;
-    channel_ = (column_tile * plan.lanes + threadIdx.x % plan.lanes) * V;
+    range_ = uint32_t(slab - set_ * plan.ranges);
+    first_piece_ = uint32_t((tile - slab * plan.column_tiles) * plan.pieces_per_tile);
+    const int64_t left = g.pieces / plan.ranges - first_piece_;
+    pieces_ = int(left < plan.pieces_per_tile ? left : plan.pieces_per_tile);
+    row_ = threadIdx.x / plan.lanes;
+    column_ = (int(threadIdx.x) - row_ * plan.lanes) * V;
   }
 
-  // Whether this thread has channels at all; V divides C, so it has all V or none.
-  FUSEDNORM_DEVICE bool active() const { return channel_ < geometry_.channels; }
-
-  FUSEDNORM_DEVICE int64_t channel(int w) const { return channel_ + w; }
-
-  FUSEDNORM_DEVICE int64_t cell(int w) const {
-    // Either Q = 1 and a group is C/G channels, or a group is one range of one channel. Channel
-    // numbers fit 32 bits, where a division is several times cheaper.
-    const uint32_t per_group = geometry_.channels > geometry_.groups
-                                   ? uint32_t(geometry_.channels / geometry_.groups)
-                                   : 1u;
-    const int64_t group = uint32_t(channel_ + w) / per_group * plan_.ranges + range_;
-    return set_ * geometry_.groups + group;
+  // Whether this thread has columns at all; V divides what is left of a row, so all V or none.
+  FUSEDNORM_DEVICE bool active() const {
+    return row_ < plan_.rows() && column_ < pieces_ * int(plan_.even);
   }
 
-  FUSEDNORM_DEVICE Cursor cursor() const {
-    const int64_t rows_of_range = geometry_.spatial / plan_.ranges;
-    const int64_t total = geometry_.pooled() * rows_of_range;
-    const int64_t share = (total + plan_.splits - 1) / plan_.splits;
-    const int64_t first = split_ * share;
-    const int64_t last = first + share < total ? first + share : total;
-    const int64_t base = set_ * geometry_.pooled() * geometry_.size +
-                         range_ * rows_of_range * geometry_.channels + channel_;
-    return Cursor(first + threadIdx.x / plan_.lanes, active() ? last : 0, blockDim.x / plan_.lanes,
-                  rows_of_range, base, geometry_.channels, geometry_.size);
+  FUSEDNORM_DEVICE int pieces() const { return pieces_; }
+  FUSEDNORM_DEVICE int local(int w) const { return (column_ + w) / int(plan_.even); }
+  // Pieces are numbered in 32 bits, where a division is several times cheaper.
+  FUSEDNORM_DEVICE uint32_t piece(int local) const {
+    return (first_piece_ + local) * uint32_t(plan_.ranges) + range_;
+  }
+  FUSEDNORM_DEVICE int64_t cell(int local) const {
+    return set_ * geometry_.groups + piece(local) / uint32_t(plan_.pieces_per_cell);
+  }
+  FUSEDNORM_DEVICE int64_t channel(int local) const {
+    return piece(local) / uint32_t(plan_.pieces_per_channel);
+  }
+  FUSEDNORM_DEVICE int64_t partial(int local) const {
+    return (set_ * geometry_.pieces + piece(local)) * plan_.splits + split_;
   }
 
-  template <typename S>
-  FUSEDNORM_DEVICE void reduce(S (&state)[V], S* shared) const {
+  FUSEDNORM_DEVICE int64_t count() const {
+    const int64_t rows = last() - first();
+    return rows > 0 ? rows * plan_.even : 0;
+  }
+  FUSEDNORM_DEVICE int64_t anchor(int local) const {
+    return base() + (first_piece_ + local) * plan_.even;
+  }
+
+  FUSEDNORM_DEVICE Cursor cursor(bool back = false) const {
+    return Cursor(first() + row_, active() ? last() : 0, plan_.rows(), plan_.rows_per_sample,
+                  base() + first_piece_ * plan_.even + column_, geometry_.channels, geometry_.size,
+                  back);
+  }
+
+  // put(piece, state) by one thread for each piece of the tile; a barrier is due before shared is
+  // used again.
+  template <typename S, typename Put>
+  FUSEDNORM_DEVICE void reduce(S (&state)[V], S* shared, const Put& put) const {
     rows_reduce(state, plan_.lanes, shared);
-  }
-
-  template <typename S>
-  FUSEDNORM_DEVICE void store_partials(const S (&state)[V], S* partials) const {
-    if (threadIdx.x >= unsigned(plan_.lanes) || !active()) return;
+    const bool owner = row_ == 0 && active();
+    if (plan_.even == 1) {
+      FUSEDNORM_UNROLL
+      for (int w = 0; w < V; ++w) {
+        if (owner) put(column_ + w, state[w]);
+      }
+      return;
+    }
     FUSEDNORM_UNROLL
     for (int w = 0; w < V; ++w) {
-      const int64_t piece = (channel_ + w) * plan_.ranges + range_;
-      partials[(set_ * geometry_.pieces + piece) * plan_.splits + split_] = state[w];
+      if (owner) shared[column_ + w] = state[w];
+    }
+    __syncthreads();
+    // A warp a piece.
+    const int lane = threadIdx.x % kWarp;
+    for (int piece = threadIdx.x / kWarp; piece < pieces_; piece += blockDim.x / kWarp) {
+      S merged = {};
+      for (int i = lane; i < plan_.even; i += kWarp) {
+        merged = merge(merged, shared[piece * plan_.even + i]);
+      }
+      merged = warp_reduce(merged);
+      if (lane == 0) put(piece, merged);
     }
   }
 
  private:
+  FUSEDNORM_DEVICE int64_t share() const {
+    return (plan_.rows_of_tile + plan_.splits - 1) / plan_.splits;
+  }
+  FUSEDNORM_DEVICE int64_t first() const { return split_ * share(); }
+  FUSEDNORM_DEVICE int64_t last() const {
+    const int64_t end = first() + share();
+    return end < plan_.rows_of_tile ? end : plan_.rows_of_tile;
+  }
+  // The first row of the set and range.
+  FUSEDNORM_DEVICE int64_t base() const {
+    return set_ * geometry_.pooled() * geometry_.size +
+           range_ * plan_.rows_per_sample * geometry_.channels;
+  }
+
   const Geometry& geometry_;
   const Plan& plan_;
-  int64_t split_;
+  // In 32 bits what fits: all of it is live through a sweep.
   int64_t set_;
-  int64_t range_;
-  int64_t channel_;
+  int split_;
+  uint32_t range_;
+  uint32_t first_piece_;
+  int pieces_;
+  int row_;
+  int column_;
 };
 
 }  // namespace fusednorm

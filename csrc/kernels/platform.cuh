@@ -30,7 +30,10 @@
 
 #define FUSEDNORM_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), ::fusednorm::host::launch((grid), (block), [=] { kernel(__VA_ARGS__); }))
+#define FUSEDNORM_LAUNCH_SHAPED(kernel, shape, stream, ...) \
+  ((void)(stream), ::fusednorm::host::launch_shaped((shape), [=] { kernel(__VA_ARGS__); }))
 #define FUSEDNORM_UNROLL
+#define FUSEDNORM_SITE ::fusednorm::host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace fusednorm {
 struct alignas(16) Bits16 {
@@ -39,10 +42,52 @@ struct alignas(16) Bits16 {
 inline Bits16 load_bits(const Bits16* address) {
   return *address;
 }
+inline Bits16 load_bits_last(const Bits16* address) {
+  return *address;
+}
 inline void store_bits(Bits16* address, Bits16 bits) {
   *address = bits;
 }
+template <typename T>
+T load_fresh(const T* address) {
+  return *address;
+}
+inline int64_t recomputed(int64_t value) {
+  return value;
+}
+inline int cluster_rank() {
+  return host::cluster_rank();
+}
+inline int cluster_size() {
+  return host::cluster_size();
+}
+inline void cluster_barrier(FUSEDNORM_SITE) {
+  host::cluster_barrier(site);
+}
+template <typename T>
+T* cluster_peer(T* shared, int rank, FUSEDNORM_SITE) {
+  return static_cast<T*>(host::cluster_peer(shared, rank, site));
+}
+inline void copy_async(void* shared, const void* global, FUSEDNORM_SITE) {
+  host::copy_async(shared, global, site);
+}
+inline void copy_async_commit() {
+  host::copy_async_commit();
+}
+template <int N>
+void copy_async_wait() {
+  host::copy_async_wait(N);
+}
+inline unsigned load_acquire(const unsigned* address, FUSEDNORM_SITE) {
+  return host::load_acquire(address, site);
+}
+inline void store_release(unsigned* address, unsigned value) {
+  host::arrive();
+  *address = value;
+}
 }  // namespace fusednorm
+
+#undef FUSEDNORM_SITE
 
 #else
 
@@ -52,7 +97,10 @@ inline void store_bits(Bits16* address, Bits16 bits) {
 
 #define FUSEDNORM_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+#define FUSEDNORM_LAUNCH_SHAPED(kernel, shape, stream, ...) \
+  ::fusednorm::launch_shaped((kernel), (shape), (stream), __VA_ARGS__)
 #define FUSEDNORM_SHARED(type, name, count) __shared__ type name[count]
+#define FUSEDNORM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define FUSEDNORM_UNROLL _Pragma("unroll")
 
 namespace fusednorm {
@@ -60,8 +108,130 @@ using Bits16 = uint4;
 __device__ __forceinline__ Bits16 load_bits(const Bits16* address) {
   return __ldg(address);
 }
+__device__ __forceinline__ Bits16 load_bits_last(const Bits16* address) {
+  return __ldcs(address);
+}
 __device__ __forceinline__ void store_bits(Bits16* address, Bits16 bits) {
-  __stcg(address, bits);
+  __stcs(address, bits);
+}
+template <typename T>
+__device__ __forceinline__ T load_fresh(const T* address) {
+  T value;
+  if constexpr (sizeof(T) % 16 == 0) {
+    for (unsigned i = 0; i < sizeof(T) / 16; ++i) {
+      reinterpret_cast<uint4*>(&value)[i] = __ldcg(reinterpret_cast<const uint4*>(address) + i);
+    }
+  } else if constexpr (sizeof(T) == 8) {
+    reinterpret_cast<uint2&>(value) = __ldcg(reinterpret_cast<const uint2*>(address));
+  } else {
+    static_assert(sizeof(T) == 4, "4, 8, or 16 bytes at a time");
+    reinterpret_cast<unsigned&>(value) = __ldcg(reinterpret_cast<const unsigned*>(address));
+  }
+  return value;
+}
+__device__ __forceinline__ int64_t recomputed(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release(unsigned* address, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+// Clusters came with sm_90: before it every block is one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_size() {
+  unsigned size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+template <typename T>
+__device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+#else
+__device__ __forceinline__ int cluster_rank() {
+  return 0;
+}
+__device__ __forceinline__ int cluster_size() {
+  return 1;
+}
+__device__ __forceinline__ void cluster_barrier() {
+  __syncthreads();
+}
+template <typename T>
+__device__ __forceinline__ T* cluster_peer(T* shared, int) {
+  return shared;
+}
+#endif
+
+// Lets a kernel have as much dynamic shared memory as a block can. The most, not what one launch
+// needs: the limit is the kernel's, and no thread may lower it under another one's launch.
+inline cudaError_t allow_shared(const void* kernel) {
+  int device = 0;
+  int most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+// The launch with its attributes; errors are left to cudaGetLastError.
+template <typename Shape, typename... Parameters, typename... Arguments>
+void launch_shaped(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  // More than 48 KB a block, and clusters of more than 8, are to be asked for.
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared_bytes > 48 * 1024) allow_shared(function);
+  if (shape.cluster > 8) {
+    cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  config.blockDim = dim3(static_cast<unsigned>(shape.block));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    ++config.numAttrs;
+  }
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
+    ++config.numAttrs;
+  }
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 }  // namespace fusednorm
 
@@ -76,5 +246,14 @@ namespace fusednorm {
 constexpr int kMaxBlock = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
+
+// What a launch asks for beyond a grid of blocks. Blocks of a cluster have consecutive numbers.
+struct LaunchShape {
+  int64_t grid;      // blocks
+  int block;         // threads
+  int shared_bytes;  // dynamic shared memory of a block
+  int cluster;       // blocks of a cluster, 1 for none
+  bool cooperative;  // all blocks run at the same time
+};
 
 }  // namespace fusednorm

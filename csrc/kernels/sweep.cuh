@@ -1,101 +1,28 @@
-// The four sweeps over activations, written once for both access patterns.
+// The four sweeps over activations, written once for all access patterns.
 //
 //   z = (x - mean)*(rstd*w) + b (+ residual),   h = act'(z)*dy,   xhat = (x - mean)*rstd
 //
-//   moments          reads x                   partials (count, mean, M2)
-//   apply            reads x (, residual)      y = act(z)
-//   backward_reduce  reads dy, x (, residual)  partials (sum h, sum h*xhat)
+//   moments          reads x                   partials (count, mean, M2); its last block: combine
+//   apply            reads x (, residual)      y = act(z) (, a mask of y > 0)
+//   backward_reduce  reads dy, x (, residual)  partials (sum h, sum h*xhat); likewise
 //   backward_apply   reads dy, x (, residual)  dx = rstd*(w*h - live*m0 - live*xhat*m1) (, h)
 //
-// A Tile (runs.cuh, columns.cuh) says what a block owns: where each thread walks, which cell and
+// A Tile (runs.cuh, columns.cuh) says what a job owns: where each thread walks, which cell and
 // channel its kWidth columns belong to, and how the block reduces them. kWidth is 1 where a thread
 // stays within one piece, and the vector width where its vector spans channels. x - mean comes
 // first: folding the mean into the shift would lose digits where |mean| is far above sigma.
-// No atomics, and every order is fixed by the plan: bitwise repeatable. The launch bounds ask for
-// one block an SM: left to itself, ptxas spills a few registers to fit another.
+// No float atomics, and every order is fixed by the plan: bitwise repeatable. A second sweep walks
+// back, jobs and rows, so that what the first one read last is still in L2. The launch bounds hold
+// every kernel to 128 registers, two blocks an SM.
 #pragma once
 
-#include "activation.cuh"
-#include "cursor.cuh"
-#include "plan.h"
-#include "reduce.cuh"
-#include "vec.cuh"
-#include "welford.cuh"
+#include "fold.cuh"
+#include "gradient.cuh"
 
 namespace fusednorm {
 
-template <typename T>
-struct SweepArgs {
-  using A = Accumulator<T>;
-
-  Geometry geometry;
-  Plan plan;
-  const T* x;  // (N, C, S) in either layout, as are dy, residual, out, dresidual
-  const T* dy;
-  const T* residual;    // or null
-  T* out;               // y or dx
-  T* dresidual;         // or null
-  const A* weight;      // (C,) or null
-  const A* bias;        // (C,) or null
-  const A* mean;        // (A, G)
-  const A* rstd;        // (A, G)
-  const A* m0;          // (A, G)
-  const A* m1;          // (A, G)
-  Moments<A>* moments;  // (A, P, splits)
-  Sums<A>* sums;        // (A, P, splits)
-  A live;
-  A slope;
-  int act;
-};
-
-// z = (x - mean)*scale + shift
-template <typename A>
-struct Affine {
-  A mean;
-  A scale;
-  A shift;
-};
-
-template <typename Tile, typename T>
-FUSEDNORM_DEVICE void load_affine(const SweepArgs<T>& args, const Tile& tile,
-                                  Affine<Accumulator<T>> (&affine)[Tile::kWidth]) {
-  using A = Accumulator<T>;
-  FUSEDNORM_UNROLL
-  for (int w = 0; w < Tile::kWidth; ++w) {
-    affine[w] = {};
-    if (!tile.active()) continue;
-    const int64_t cell = tile.cell(w);
-    const int64_t channel = tile.channel(w);
-    affine[w].mean = args.mean[cell];
-    affine[w].scale = args.rstd[cell] * (args.weight ? args.weight[channel] : A(1));
-    affine[w].shift = args.bias ? args.bias[channel] : A(0);
-  }
-}
-
-// The live accesses of a batch, all issued before the first is used; zeros elsewhere.
-template <int V, typename T, int U>
-FUSEDNORM_DEVICE void fetch(const T* base, const Batch<U>& batch, Vec<T, V> (&packed)[U]) {
-  FUSEDNORM_UNROLL
-  for (int u = 0; u < U; ++u) {
-    packed[u] = {};
-    if (batch.live[u]) packed[u] = load<V>(base, batch.offset[u]);
-  }
-}
-
-// centred = x - mean, and z before the activation. Without a residual, `residual` is zero.
-template <int W, int V, typename T, typename A>
-FUSEDNORM_DEVICE void preactivation(const Affine<A> (&affine)[W], const Vec<T, V>& x,
-                                    const Vec<T, V>& residual, A (&centred)[V], A (&z)[V]) {
-  FUSEDNORM_UNROLL
-  for (int v = 0; v < V; ++v) {
-    const Affine<A>& a = affine[v % W];
-    centred[v] = widen(x.at[v]) - a.mean;
-    z[v] = centred[v] * a.scale + a.shift + widen(residual.at[v]);
-  }
-}
-
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxBlock, 1)
+__global__ void __launch_bounds__(kMaxBlock, 2)
     moments_kernel(const SweepArgs<typename Tile::Element> args) {
   using T = typename Tile::Element;
   using A = Accumulator<T>;
@@ -104,151 +31,116 @@ __global__ void __launch_bounds__(kMaxBlock, 1)
   // A scalar access carries little, so twice as many are in flight.
   constexpr int U = V > 1 ? kInFlight : 2 * kInFlight;
   FUSEDNORM_SHARED(Moments<A>, shared, Tile::kShared);
-  for (int64_t block = blockIdx.x; block < args.plan.blocks(); block += gridDim.x) {
-    const Tile tile(args.geometry, args.plan, block);
-    Moments<A> state[W] = {};
-    for (Cursor cursor = tile.cursor(); cursor.more();) {
-      const Batch<U> batch(cursor);
-      Vec<T, V> x[U];
-      fetch(args.x, batch, x);
-      absorb(state, x, batch.live);
+  FUSEDNORM_SHARED(int, flag, 1);
+  for (int64_t job = blockIdx.x; job < args.plan.blocks(); job += gridDim.x) {
+    const Tile tile(args.geometry, args.plan, job);
+    Moments<A> state[W];
+    {
+      Gather<A, W> gather;
+      for (Cursor cursor = tile.cursor(); cursor.more();) {
+        const Batch<U> batch(cursor);
+        Vec<T, V> x[U];
+        fetch(args.x, batch, x);
+        gather.absorb(x, batch.live);
+      }
+      gather.finish(state);
     }
-    tile.reduce(state, shared);
-    tile.store_partials(state, args.moments);
+    tile.reduce(state, shared, [&](int piece, const Moments<A>& moments) {
+      args.combine.moments[tile.partial(piece)] = moments;
+    });
+    if (args.folded) fold(tile, args.plan, ForwardCells<A>{args.combine}, job, shared, flag);
     __syncthreads();  // shared is reused by the next tile
   }
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxBlock, 1)
+__global__ void __launch_bounds__(kMaxBlock, 2)
     apply_kernel(const SweepArgs<typename Tile::Element> args) {
   using T = typename Tile::Element;
   using A = Accumulator<T>;
   constexpr int V = Tile::kVector;
-  constexpr int U = kInFlight;
-  for (int64_t block = blockIdx.x; block < args.plan.blocks(); block += gridDim.x) {
-    const Tile tile(args.geometry, args.plan, block);
+  constexpr int U = sizeof(T) == 8 ? kInFlight / 2 : kInFlight;
+  for (int64_t job = blockIdx.x; job < args.plan.blocks(); job += gridDim.x) {
+    const Tile tile(args.geometry, args.plan, args.plan.blocks() - 1 - job);
     Affine<A> affine[Tile::kWidth];
     load_affine(args, tile, affine);
-    for (Cursor cursor = tile.cursor(); cursor.more();) {
+    for (Cursor cursor = tile.cursor(true); cursor.more();) {
       const Batch<U> batch(cursor);
       Vec<T, V> x[U];
-      Vec<T, V> residual[U] = {};
-      fetch(args.x, batch, x);
-      if (args.residual) fetch(args.residual, batch, residual);
-      FUSEDNORM_UNROLL
-      for (int u = 0; u < U; ++u) {
-        if (!batch.live[u]) continue;
-        A centred[V];
-        A z[V];
-        preactivation(affine, x[u], residual[u], centred, z);
-        activate(args.act, args.slope, z);
-        store(args.out, batch.offset[u], z);
-      }
+      fetch<true>(args.x, batch, x);
+      normalize(args, affine, batch, x);
     }
   }
 }
 
-// What both backward sweeps read: visit(offset, centred, h) for every live row of a batch, where
-// centred = x - mean and h = act'(z)*dy.
-template <int U, int V, int W, typename T, typename A, typename Visit>
-FUSEDNORM_DEVICE void upstream(const SweepArgs<T>& args, const Affine<A> (&affine)[W],
-                               const Batch<U>& batch, const Visit& visit) {
-  Vec<T, V> x[U];
-  Vec<T, V> dy[U];
-  Vec<T, V> residual[U] = {};
-  fetch(args.x, batch, x);
-  fetch(args.dy, batch, dy);
-  if (args.residual) fetch(args.residual, batch, residual);
-  FUSEDNORM_UNROLL
-  for (int u = 0; u < U; ++u) {
-    if (!batch.live[u]) continue;
-    A centred[V];
-    A z[V];
-    A h[V];
-    preactivation(affine, x[u], residual[u], centred, z);
-    FUSEDNORM_UNROLL
-    for (int v = 0; v < V; ++v) h[v] = widen(dy[u].at[v]);
-    activate_backward(args.act, args.slope, z, h);
-    visit(batch.offset[u], centred, h);
-  }
-}
-
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxBlock, 1)
+__global__ void __launch_bounds__(kMaxBlock, 2)
     backward_reduce_kernel(const SweepArgs<typename Tile::Element> args) {
   using T = typename Tile::Element;
   using A = Accumulator<T>;
   constexpr int V = Tile::kVector;
   constexpr int W = Tile::kWidth;
-  // Two tensors are read, so half the batch of `apply` has as much in flight.
-  constexpr int U = V > 1 ? kInFlight / 2 : kInFlight;
   FUSEDNORM_SHARED(Sums<A>, shared, Tile::kShared);
-  for (int64_t block = blockIdx.x; block < args.plan.blocks(); block += gridDim.x) {
-    const Tile tile(args.geometry, args.plan, block);
-    Affine<A> affine[W];
-    load_affine(args, tile, affine);
+  FUSEDNORM_SHARED(int, flag, 1);
+  for (int64_t job = blockIdx.x; job < args.plan.blocks(); job += gridDim.x) {
     Sums<A> state[W] = {};
-    for (Cursor cursor = tile.cursor(); cursor.more();) {
-      const Batch<U> batch(cursor);
-      upstream<U, V>(args, affine, batch, [&](int64_t, const A(&centred)[V], const A(&h)[V]) {
-        // A row is summed by itself first, so that the running sums round once a row.
-        FUSEDNORM_UNROLL
-        for (int w = 0; w < W; ++w) {
-          Sums<A> row = {};
-          FUSEDNORM_UNROLL
-          for (int v = w; v < V; v += W) row = merge(row, {h[v], h[v] * centred[v]});
-          state[w] = merge(state[w], row);
-        }
-      });
+    {
+      const Tile tile(args.geometry, args.plan, job);
+      Affine<A> affine[W];
+      load_affine(args, tile, affine);
+      upstream<false, V>(
+          args, affine, tile.cursor(),
+          [&](int64_t, const A(&centred)[V], const A(&h)[V]) { add_row(state, centred, h); });
     }
-    tile.reduce(state, shared);
+    const Tile tile(args.geometry, args.plan, recomputed(job));
     // xhat = (x - mean)*rstd, and rstd is common to all that was summed.
-    FUSEDNORM_UNROLL
-    for (int w = 0; w < W; ++w) {
-      if (tile.active()) state[w].hx *= args.rstd[tile.cell(w)];
-    }
-    tile.store_partials(state, args.sums);
+    tile.reduce(state, shared, [&](int piece, const Sums<A>& sums) {
+      args.combine.sums[tile.partial(piece)] = {sums.h, sums.hx * args.rstd[tile.cell(piece)]};
+    });
+    if (args.folded) fold(tile, args.plan, BackwardCells<A>{args.combine}, job, shared, flag);
     __syncthreads();  // shared is reused by the next tile
   }
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(kMaxBlock, 1)
+__global__ void __launch_bounds__(kMaxBlock, 2)
     backward_apply_kernel(const SweepArgs<typename Tile::Element> args) {
   using T = typename Tile::Element;
   using A = Accumulator<T>;
   constexpr int V = Tile::kVector;
   constexpr int W = Tile::kWidth;
-  constexpr int U = V > 1 ? kInFlight / 2 : kInFlight;
-  for (int64_t block = blockIdx.x; block < args.plan.blocks(); block += gridDim.x) {
-    const Tile tile(args.geometry, args.plan, block);
+  for (int64_t job = blockIdx.x; job < args.plan.blocks(); job += gridDim.x) {
+    const Tile tile(args.geometry, args.plan, args.plan.blocks() - 1 - job);
     Affine<A> affine[W];
     load_affine(args, tile, affine);
-    // dx = scale*h - (shift0 + (x - mean)*scale1)
     A shift0[W];
     A scale1[W];
     FUSEDNORM_UNROLL
     for (int w = 0; w < W; ++w) {
-      const int64_t cell = tile.active() ? tile.cell(w) : 0;
-      const A rstd = args.rstd[cell];
-      shift0[w] = rstd * args.live * args.m0[cell];
-      scale1[w] = rstd * (rstd * args.live * args.m1[cell]);
+      const int64_t cell = tile.active() ? tile.cell(tile.local(w)) : 0;
+      load_means(args, args.rstd[cell], {args.m0[cell], args.m1[cell]}, shift0[w], scale1[w]);
     }
-    for (Cursor cursor = tile.cursor(); cursor.more();) {
-      const Batch<U> batch(cursor);
-      upstream<U, V>(args, affine, batch,
-                     [&](int64_t offset, const A(&centred)[V], const A(&h)[V]) {
-                       A dx[V];
-                       FUSEDNORM_UNROLL
-                       for (int v = 0; v < V; ++v) {
-                         const int w = v % W;
-                         dx[v] = affine[w].scale * h[v] - (centred[v] * scale1[w] + shift0[w]);
-                       }
-                       store(args.out, offset, dx);
-                       if (args.dresidual) store(args.dresidual, offset, h);
-                     });
+    upstream<true, V>(args, affine, tile.cursor(true),
+                      [&](int64_t offset, const A(&centred)[V], const A(&h)[V]) {
+                        store_gradients(args, affine, shift0, scale1, offset, centred, h);
+                      });
+  }
+  // Channels of several cells have all their partials only now.
+  if (args.channels) combine_channels(args.combine);
+}
+
+// The mask of y for kernels whose threads share its bytes: a byte a thread, from y itself.
+template <typename T>
+__global__ void __launch_bounds__(kMaxBlock) mask_kernel(const T* y, uint8_t* mask, int64_t numel) {
+  constexpr int kWidth = kMaskWidth<T>;
+  const int64_t bytes = (numel + kWidth - 1) / kWidth;
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes; i += stride) {
+    unsigned bits = 0;
+    for (int j = 0; j < kWidth && i * kWidth + j < numel; ++j) {
+      bits |= positive(load<1>(y, i * kWidth + j)) << j;
     }
+    mask[i] = uint8_t(bits);
   }
 }
 

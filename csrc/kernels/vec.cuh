@@ -56,29 +56,60 @@ struct alignas(N * sizeof(T)) Vec {
   T at[N];
 };
 
-template <int N, typename T>
+// 16 bytes or a scalar. kLast says that nothing else will read them: they leave the caches first.
+template <int N, bool kLast = false, typename T>
 FUSEDNORM_DEVICE Vec<T, N> load(const T* base, int64_t offset) {
   Vec<T, N> packed;
   if constexpr (N == 1) {
     packed.at[0] = base[offset];
   } else {
-    const Bits16 bits = load_bits(reinterpret_cast<const Bits16*>(base + offset));
+    const Bits16* address = reinterpret_cast<const Bits16*>(base + offset);
+    const Bits16 bits = kLast ? load_bits_last(address) : load_bits(address);
     std::memcpy(&packed, &bits, sizeof(bits));
   }
   return packed;
 }
 
-template <int N, typename T>
-FUSEDNORM_DEVICE void store(T* base, int64_t offset, const Accumulator<T> (&values)[N]) {
+template <typename T, int N>
+FUSEDNORM_DEVICE Vec<T, N> pack(const Accumulator<T> (&values)[N]) {
   Vec<T, N> packed;
   FUSEDNORM_UNROLL
   for (int v = 0; v < N; ++v) narrow(values[v], packed.at[v]);
+  return packed;
+}
+
+template <typename T, int N>
+FUSEDNORM_DEVICE void store(T* base, int64_t offset, const Vec<T, N>& packed) {
   if constexpr (N == 1) {
     base[offset] = packed.at[0];
   } else {
     Bits16 bits;
     std::memcpy(&bits, &packed, sizeof(bits));
     store_bits(reinterpret_cast<Bits16*>(base + offset), bits);
+  }
+}
+
+// A mask has a byte for 16 bytes of y in memory order; bit j says whether element j is positive.
+template <typename T>
+constexpr int kMaskWidth = kVectorBytes / int(sizeof(T));
+
+template <typename T, int N>
+FUSEDNORM_DEVICE unsigned positive(const Vec<T, N>& y) {
+  unsigned bits = 0;
+  FUSEDNORM_UNROLL
+  for (int v = 0; v < N; ++v) bits |= unsigned(widen(y.at[v]) > 0) << v;
+  return bits;
+}
+
+// values[v] <- 0 where the mask's bit is. offset is that of values[0] in memory order.
+template <typename T, int N>
+FUSEDNORM_DEVICE void keep_positive(const uint8_t* mask, int64_t offset,
+                                    Accumulator<T> (&values)[N]) {
+  constexpr int kWidth = kMaskWidth<T>;
+  const unsigned bits = unsigned(mask[offset / kWidth]) >> (N == 1 ? offset % kWidth : 0);
+  FUSEDNORM_UNROLL
+  for (int v = 0; v < N; ++v) {
+    if (!(bits >> v & 1u)) values[v] = 0;
   }
 }
 

@@ -4,19 +4,20 @@
 #include <tuple>
 
 #include "kernels/backward.cuh"
-#include "tensor.h"
+#include "planning.h"
 
 namespace fusednorm::ops {
 
 namespace {
 
 // dx = rstd*(w*h - live*mean(w*h) - live*xhat*mean(w*h*xhat)) with h = act'(z)*dy, means over the
-// cell; dweight = sum h*xhat, dbias = sum h; dresidual = h if there are a residual and an
-// activation, else an empty tensor: then it is dy, or nobody's.
+// cell; dweight = sum h*xhat, dbias = sum h; dresidual = h if there were a residual, which relu's
+// mask may stand for, and an activation, else an empty tensor: then it is dy, or nobody's.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    int64_t num_groups, bool per_sample, double live, int64_t act, double slope) {
+    const OptionalTensor& mask, int64_t num_groups, bool per_sample, double live, int64_t act,
+    double slope) {
   const Input in = check_input(x, num_groups, per_sample);
   check_like("dy", dy, x);
   check_cells("mean", mean, in, x);
@@ -25,16 +26,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   check_channels("bias", bias, in, x);
   if (residual) check_like("residual", *residual, x);
   check_activation(act);
+  if (mask) {
+    FUSEDNORM_CHECK(!residual, "mask and residual are both given, expected one of them");
+    FUSEDNORM_CHECK(act == kRelu, "mask is given with act ", act, ", expected ", int(kRelu));
+    check_mask(*mask, x);
+  }
   require_cuda("norm_backward", x);
 
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const bool wants_dresidual = residual && act != kNone;
+  const Guard guard(x);
+  const bool wants_dresidual = (residual || mask) && act != kNone;
   const Tensor input = canonical(x);
-  const Tensor dx = torch::stable::empty_like(input);
+  const Tensor dx = new_like(input);
   Tensor dweight = new_channels(in, x);
   Tensor dbias = new_channels(in, x);
-  const Tensor dresidual =
-      wants_dresidual ? torch::stable::empty_like(input) : torch::stable::new_empty(x, {0});
+  const Tensor dresidual = wants_dresidual ? new_like(input) : new_none(x);
   if (in.empty) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
@@ -54,10 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
   p.live = live;
   p.act = static_cast<int>(act);
   p.slope = slope;
-  plan_sweeps(p, input);
-  const Tensor workspace =
-      new_bytes(backward_workspace_bytes(p.geometry, p.plan, accumulator_size(p.dtype)), x);
-  p.workspace = workspace.mutable_data_ptr();
+  p.mask =
+      mask ? const_cast<uint8_t*>(static_cast<const uint8_t*>(mask->const_data_ptr())) : nullptr;
+  const Planned planned(p, Direction::kBackward, input, &backward_kernel_on_chip);
+  if (!x.is_cuda()) return {dx, dweight, dbias, dresidual};
   backward(p);
   check_launch("norm_backward");
   return {dx, dweight, dbias, dresidual};

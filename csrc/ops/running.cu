@@ -1,9 +1,9 @@
 // update_running: checks and the launch.
-#include "kernels/running.cuh"
+#include "running.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "tensor.h"
+#include "device.h"
 
 namespace fusednorm::ops {
 
@@ -28,28 +28,16 @@ void update_running(const Tensor& running_mean, const Tensor& running_var,
   FUSEDNORM_CHECK(running_mean.dim() == 1, "running_mean has shape ", shape_name(running_mean),
                   ", expected one dimension");
   const ScalarType accumulator = accumulator_of(*kernel_dtype);
-  check_vector("running_var", running_var, running_mean, dtype);
   check_vector("mean", mean, running_mean, accumulator);
   check_vector("var", var, running_mean, accumulator);
-  // They are updated in place, so a contiguous copy would not do.
-  FUSEDNORM_CHECK(running_mean.is_contiguous(), "running_mean is not contiguous");
-  FUSEDNORM_CHECK(running_var.is_contiguous(), "running_var is not contiguous");
-  if (num_batches_tracked) {
-    const Tensor& counter = *num_batches_tracked;
-    FUSEDNORM_CHECK(counter.numel() == 1, "num_batches_tracked has shape ", shape_name(counter),
-                    ", expected one element");
-    FUSEDNORM_CHECK(counter.scalar_type() == ScalarType::Long, "num_batches_tracked has dtype ",
-                    dtype_name(counter.scalar_type()), ", expected int64");
-    check_same_device("num_batches_tracked", counter, "running_mean", running_mean);
-  }
-  FUSEDNORM_CHECK(momentum || num_batches_tracked,
-                  "momentum is None, which needs num_batches_tracked");
+  check_running(running_mean, running_var, num_batches_tracked, momentum, running_mean.numel(),
+                running_mean);
   FUSEDNORM_CHECK(count >= 2, "count is ", count, ", expected at least 2 values a cell");
   require_cuda("update_running", running_mean);
 
-  const torch::stable::accelerator::DeviceGuard guard(running_mean.get_device_index());
-  const Tensor dense_mean = torch::stable::contiguous(mean);
-  const Tensor dense_var = torch::stable::contiguous(var);
+  const Guard guard(running_mean);
+  const Tensor dense_mean = dense(mean);
+  const Tensor dense_var = dense(var);
   RunningParams p{};
   p.dtype = *kernel_dtype;
   p.running_mean = running_mean.mutable_data_ptr();
@@ -64,11 +52,16 @@ void update_running(const Tensor& running_mean, const Tensor& running_var,
   p.cumulative = !momentum;
   p.momentum = momentum.value_or(0);
   p.stream = current_stream(running_mean);
-  fusednorm::update_running(p);
+  if (!running_mean.is_cuda()) return;
+  launch_update_running(p);
   check_launch("update_running");
 }
 
 }  // namespace
+
+void launch_update_running(const RunningParams& p) {
+  fusednorm::update_running(p);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm, CUDA, m) {
   m.impl("update_running", TORCH_BOX(&update_running));

@@ -1,8 +1,6 @@
 // The checks and tensors of tensor.h.
 #include "tensor.h"
 
-#include <cuda_runtime.h>
-
 #include <array>
 
 #include "kernels/activation.cuh"
@@ -36,6 +34,29 @@ void check_shape(const char* name, const Tensor& t, const int64_t* expected, int
   for (int64_t i = 0; same && i < rank; ++i) same = t.size(i) == expected[i];
   FUSEDNORM_CHECK(same, name, " has shape ", shape_name(t), ", expected ",
                   list_name(expected, rank), meaning);
+}
+
+Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t rank, int32_t dtype,
+                   const Tensor& x) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, sizes, strides, dtype, device_type(x), x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor new_vector(int64_t size, int32_t dtype, const Tensor& x) {
+  const int64_t stride = 1;
+  return new_strided(&size, &stride, 1, dtype, x);
+}
+
+int32_t dtype_code(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+int32_t accumulator_code(const Input& in) {
+  return in.dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
 }  // namespace
@@ -151,8 +172,35 @@ void check_cells(const char* name, const Tensor& t, const Input& in, const Tenso
   check_same_device(name, t, "x", x);
 }
 
-void require_cuda(const char* op, const Tensor& x) {
-  FUSEDNORM_CHECK(x.is_cuda(), op, " expects CUDA tensors, got ", device_name(x));
+int64_t mask_size(const Tensor& x) {
+  const int64_t vector = 16 / x.element_size();
+  return (x.numel() + vector - 1) / vector;
+}
+
+void check_mask(const Tensor& mask, const Tensor& x) {
+  const int64_t size = mask_size(x);
+  check_shape("mask", mask, &size, 1, ", one byte for 16 of x");
+  check_dtype("mask", mask, ScalarType::Byte);
+  check_same_device("mask", mask, "x", x);
+  FUSEDNORM_CHECK(mask.is_contiguous(), "mask is not contiguous");
+}
+
+void check_running(const Tensor& mean, const Tensor& var, const OptionalTensor& tracked,
+                   std::optional<double> momentum, int64_t size, const Tensor& x) {
+  check_shape("running_mean", mean, &size, 1, ", one entry a group");
+  check_shape("running_var", var, &size, 1, ", one entry a group");
+  check_dtype("running_var", var, mean.scalar_type());
+  check_same_device("running_mean", mean, "x", x);
+  check_same_device("running_var", var, "x", x);
+  // They are updated in place, so a contiguous copy would not do.
+  FUSEDNORM_CHECK(mean.is_contiguous(), "running_mean is not contiguous");
+  FUSEDNORM_CHECK(var.is_contiguous(), "running_var is not contiguous");
+  FUSEDNORM_CHECK(momentum || tracked, "momentum is None, which needs num_batches_tracked");
+  if (!tracked) return;
+  FUSEDNORM_CHECK(tracked->numel() == 1, "num_batches_tracked has shape ", shape_name(*tracked),
+                  ", expected one element");
+  check_dtype("num_batches_tracked", *tracked, ScalarType::Long);
+  check_same_device("num_batches_tracked", *tracked, "x", x);
 }
 
 bool is_nhwc(const Tensor& x) {
@@ -167,6 +215,10 @@ bool is_nhwc(const Tensor& x) {
   return true;
 }
 
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 Tensor canonical(const Tensor& x) {
   if (x.is_contiguous() || is_nhwc(x)) return x;
   const bool leans = (x.dim() == 4 || x.dim() == 5) && x.stride(1) == 1;
@@ -176,33 +228,41 @@ Tensor canonical(const Tensor& x) {
 }
 
 Tensor like(const Tensor& t, const Tensor& x) {
-  if (!is_nhwc(x)) return torch::stable::contiguous(t);
+  if (!is_nhwc(x)) return dense(t);
   if (is_nhwc(t)) return t;
   // empty_like keeps dense strides of any rank, which no memory format of torch's can name.
   Tensor out = torch::stable::empty_like(x);
   return torch::stable::copy_(out, t);
 }
 
+Tensor new_like(const Tensor& x) {
+  return new_strided(x.sizes().data(), x.strides().data(), x.dim(), dtype_code(x), x);
+}
+
 Tensor new_cells(const Input& in, const Tensor& x) {
-  const std::array<int64_t, 2> shape{in.samples, in.num_groups};
-  const torch::headeronly::IntHeaderOnlyArrayRef sizes(in.per_sample ? shape.data() : &shape[1],
-                                                       in.per_sample ? 2 : 1);
-  return torch::stable::new_empty(x, sizes, in.accumulator);
+  const std::array<int64_t, 2> sizes{in.samples, in.num_groups};
+  const std::array<int64_t, 2> strides{in.num_groups, 1};
+  const int first = in.per_sample ? 0 : 1;
+  return new_strided(&sizes[first], &strides[first], 2 - first, accumulator_code(in), x);
 }
 
 Tensor new_channels(const Input& in, const Tensor& x) {
-  return torch::stable::new_empty(x, {in.channels}, in.accumulator);
+  return new_vector(in.channels, accumulator_code(in), x);
 }
 
 Tensor new_bytes(int64_t bytes, const Tensor& x) {
-  return torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  return new_vector(bytes, aoti_torch_dtype_uint8(), x);
+}
+
+Tensor new_none(const Tensor& x) {
+  return new_vector(0, dtype_code(x), x);
 }
 
 Operands::Operands(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual)
     : x_(x) {
-  if (weight) weight_ = torch::stable::contiguous(*weight);
-  if (bias) bias_ = torch::stable::contiguous(*bias);
+  if (weight) weight_ = dense(*weight);
+  if (bias) bias_ = dense(*bias);
   if (residual) residual_ = like(*residual, x);
 }
 
@@ -214,45 +274,16 @@ NormParams Operands::params(const Input& in) const {
   p.weight = weight_ ? weight_->const_data_ptr() : nullptr;
   p.bias = bias_ ? bias_->const_data_ptr() : nullptr;
   p.residual = residual_ ? residual_->const_data_ptr() : nullptr;
-  p.stream = current_stream(x_);
   return p;
 }
 
 Statistics::Statistics(const Tensor& mean, const Tensor& rstd)
-    : mean_(torch::stable::contiguous(mean)), rstd_(torch::stable::contiguous(rstd)) {}
+    : mean_(dense(mean)), rstd_(dense(rstd)) {}
 
 void Statistics::fill(NormParams& p) const {
   // Read only: apply and backward share the field with forward, which writes it.
   p.mean = const_cast<void*>(mean_.const_data_ptr());
   p.rstd = const_cast<void*>(rstd_.const_data_ptr());
-}
-
-void plan_sweeps(NormParams& p, const Tensor& x) {
-  uintptr_t bits = 0;
-  for (const void* pointer : {p.x, p.dy, p.residual, const_cast<const void*>(p.out),
-                              const_cast<const void*>(p.dresidual)}) {
-    bits |= reinterpret_cast<uintptr_t>(pointer);
-  }
-  int num_sms = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, x.get_device_index());
-  FUSEDNORM_CHECK(error == cudaSuccess, "cannot query ", device_name(x), ": ",
-                  cudaGetErrorString(error));
-  p.plan =
-      make_plan(p.geometry, element_size(p.dtype), is_nhwc(x), bits % kVectorBytes == 0, num_sms);
-}
-
-cudaStream_t current_stream(const Tensor& x) {
-  FUSEDNORM_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "this torch was built without CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  FUSEDNORM_CHECK(error == cudaSuccess, op, ": launch failed: ", cudaGetErrorString(error));
 }
 
 }  // namespace fusednorm::ops

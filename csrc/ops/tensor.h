@@ -1,11 +1,10 @@
-// What the operators share: checks with messages for people, memory layouts, and the CUDA context.
+// What the operators share: checks with messages for people, memory layouts, allocation.
 //
 // Entry points check, kernels assume. Every message starts with "fusednorm: " and names the
 // argument, what came and what is allowed. Only the LibTorch stable ABI is used (torch/csrc/stable,
 // torch/headeronly).
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -16,10 +15,6 @@
 #include <string>
 
 #include "kernels/launch.cuh"
-
-// It lives in torch's CUDA library. Weak, so that this library also loads where there is none.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
 
 namespace fusednorm::ops {
 
@@ -71,10 +66,18 @@ void check_activation(int64_t act);
 void check_like(const char* name, const Tensor& t, const Tensor& x);
 void check_channels(const char* name, const OptionalTensor& t, const Input& in, const Tensor& x);
 void check_cells(const char* name, const Tensor& t, const Input& in, const Tensor& x);
+
+// The mask of x's elements, see fusednorm/ops/mask.py.
+int64_t mask_size(const Tensor& x);
+void check_mask(const Tensor& mask, const Tensor& x);
+
+// Buffers of `size` entries to be updated in place, and the counter beside them.
+void check_running(const Tensor& mean, const Tensor& var, const OptionalTensor& tracked,
+                   std::optional<double> momentum, int64_t size, const Tensor& x);
 void check_same_device(const char* name, const Tensor& t, const char* other, const Tensor& x);
 
-// The last check of each operator.
-void require_cuda(const char* op, const Tensor& x);
+// t itself if it is: asking the dispatcher for as much takes half a microsecond.
+Tensor dense(const Tensor& t);
 
 // x itself if it is dense NCHW or NHWC of any rank, else a dense copy in the layout it leans
 // towards; the Python side's fake kernels follow the same rule (fusednorm/layout.py).
@@ -84,9 +87,12 @@ bool is_nhwc(const Tensor& x);
 // t with the strides of x, which is canonical: t itself where it has them.
 Tensor like(const Tensor& t, const Tensor& x);
 
+// Uninitialised memory. Through the dispatcher these would cost as much as a launch.
+Tensor new_like(const Tensor& x);
 Tensor new_cells(const Input& in, const Tensor& x);
 Tensor new_channels(const Input& in, const Tensor& x);
 Tensor new_bytes(int64_t bytes, const Tensor& x);
+Tensor new_none(const Tensor& x);  // (0,) of x's dtype
 
 // x, which is canonical, with its parameters and residual as the kernels want them: dense, in x's
 // layout. Holds the copies that took, so it has to outlive the launches.
@@ -95,7 +101,7 @@ class Operands {
   Operands(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
            const OptionalTensor& residual);
 
-  // Geometry, dtype, stream and these pointers; the rest is null.
+  // Geometry, dtype and these pointers; the rest is null.
   NormParams params(const Input& in) const;
 
  private:
@@ -115,11 +121,5 @@ class Statistics {
   Tensor mean_;
   Tensor rstd_;
 };
-
-// The plan, once all activation pointers of p are set; then launches may follow.
-void plan_sweeps(NormParams& p, const Tensor& x);
-
-cudaStream_t current_stream(const Tensor& x);
-void check_launch(const char* op);
 
 }  // namespace fusednorm::ops

@@ -14,18 +14,16 @@ backend that is not available. They are raised before anything is launched or ch
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.fx
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusednorm.layout import canonical, like
-from fusednorm.ops import NAMESPACES, Apply, Config, Normalize, resolve
+from fusednorm.checks import check_input, check_operands
+from fusednorm.layout import like
+from fusednorm.ops import Apply, Config, resolve
 from fusednorm.reference import cells
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fusednorm.training import dense, is_plain, train_eagerly, train_in_steps
 
 __all__ = ["batch_group_norm", "batch_norm", "group_norm"]
 
@@ -67,9 +65,9 @@ def batch_norm(
     Returns:
         y of input's shape, dtype and memory format.
     """
-    num_groups = _checked_input(input).shape[1]
+    check_input(input)
     return batch_group_norm(
-        input, num_groups, running_mean, running_var, weight, bias, training, momentum, eps,
+        input, input.shape[1], running_mean, running_var, weight, bias, training, momentum, eps,
         act=act, residual=residual, negative_slope=negative_slope,
         num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
@@ -103,21 +101,20 @@ def batch_group_norm(
 
     The remaining arguments and the result are those of ``batch_norm``.
     """
-    x = _checked_input(input)
-    _check_groups(x, num_groups)
-    _check_running(
-        running_mean, running_var, num_batches_tracked, momentum, num_groups, training, x
-    )
-    count = _check_count(x, num_groups, x.shape[0]) if training else 0
     act_index = cells.activation_index(act)
-    x, residual = _dense_operands(x, weight, bias, residual, eps)
-    config = Config(num_groups, False, float(eps), act_index, float(negative_slope), resolve(x))
+    running = (running_mean, running_var, num_batches_tracked, momentum)
     if training:
-        y, mean, _, var = Normalize.apply(x, weight, bias, residual, config)
-        if running_mean is not None and running_var is not None:
-            _update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
-        return y
-    assert running_mean is not None and running_var is not None  # _check_running
+        # Only Python knows of buffers that require grad; the other way refuses them.
+        buffers = not any(v is not None and v.requires_grad for v in running[:2])
+        train = train_eagerly if buffers and is_plain(input) else train_in_steps
+        return train(
+            input, num_groups, False, weight, bias, residual, running, eps, act_index,
+            negative_slope,
+        )  # fmt: skip
+    check_operands(input, num_groups, False, weight, bias, residual, running, eps, False)
+    x, residual = dense(input, residual)
+    config = Config(num_groups, False, float(eps), act_index, float(negative_slope), resolve(x))
+    assert running_mean is not None and running_var is not None  # check_operands
     return _frozen(x, running_mean, running_var, weight, bias, residual, config)
 
 
@@ -137,25 +134,20 @@ def group_norm(
     ``num_groups`` divides C; 1 is layer normalization over (C, *), C is instance normalization.
     ``weight`` and ``bias`` are (C,); the rest is as in ``batch_norm``.
     """
-    x = _checked_input(input)
-    channels = x.shape[1]
-    if not _is_int(num_groups) or num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"num_groups: expected a divisor of the {channels} channels of input, "
-            f"got {num_groups!r}"
-        )
-    if x.shape[0]:
-        _check_count(x, num_groups, 1)
     act_index = cells.activation_index(act)
-    x, residual = _dense_operands(x, weight, bias, residual, eps)
-    config = Config(num_groups, True, float(eps), act_index, float(negative_slope), resolve(x))
+    running = (None, None, None, None)
     if torch.compiler.is_exporting():
+        check_operands(input, num_groups, True, weight, bias, residual, running, eps, True)
+        x, residual = dense(input, residual)
         acc = cells.accumulation_dtype(x.dtype)
         w, b, r = (None if t is None else t.to(acc) for t in (weight, bias, residual))
-        z = F.group_norm(x.to(acc), num_groups, w, b, config.eps)
-        z = cells.activate(z if r is None else z + r, config.act, config.slope)
+        z = F.group_norm(x.to(acc), num_groups, w, b, float(eps))
+        z = cells.activate(z if r is None else z + r, act_index, float(negative_slope))
         return like(z.to(x.dtype), x)
-    return Normalize.apply(x, weight, bias, residual, config)[0]
+    train = train_eagerly if is_plain(input) else train_in_steps
+    return train(
+        input, num_groups, True, weight, bias, residual, running, eps, act_index, negative_slope
+    )
 
 
 def _frozen(
@@ -188,132 +180,3 @@ def _frozen(
     y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, config.eps)
     y = cells.activate(y if residual is None else y + residual, config.act, config.slope)
     return like(y, x)
-
-
-def _update(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | None,
-    count: int,
-) -> None:
-    # Kernels take dense buffers as wide as the statistics, or narrower in a .half() module.
-    plain = cells.accumulation_dtype(running_mean.dtype) == mean.dtype
-    plain = plain and running_mean.is_contiguous() and running_var.is_contiguous()
-    backend = resolve(mean) if plain else "reference"
-    update = getattr(torch.ops, NAMESPACES[backend]).update_running
-    update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count)
-
-
-def _checked_input(input: Tensor) -> Tensor:
-    if input.dim() < 2:
-        raise ValueError(f"input: expected at least 2 dimensions (N, C, *), got {input.dim()}")
-    if input.dtype not in _FLOATS:
-        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
-    return input
-
-
-def _check_groups(x: Tensor, num_groups: int) -> None:
-    sizes = math.prod(x.shape[1:])
-    if not _is_int(num_groups) or num_groups < 1 or sizes % num_groups:
-        raise ValueError(
-            f"num_groups: expected a divisor of {sizes}, the channels times the spatial size of "
-            f"input {tuple(x.shape)}, got {num_groups!r}"
-        )
-
-
-def _check_vector(name: str, v: Tensor | None, size: int, what: str, x: Tensor) -> None:
-    if v is None:
-        return
-    if v.dim() != 1 or v.shape[0] != size:
-        raise ValueError(f"{name}: expected shape ({size},), {what}, got {tuple(v.shape)}")
-    if not v.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {v.dtype}")
-    if v.device != x.device:
-        raise RuntimeError(f"{name}: expected device {x.device}, that of input, got {v.device}")
-
-
-def _dense_operands(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """x and the residual dense in one layout, once all these arguments have been checked."""
-    _check_vector("weight", weight, x.shape[1], "the channels of input", x)
-    _check_vector("bias", bias, x.shape[1], "the channels of input", x)
-    if eps < 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
-    if residual is None:
-        return canonical(x), None
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"residual: expected the shape of input {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
-    if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
-        # A float32 skip connection beside a half branch is ordinary there.
-        residual = residual.to(x.dtype)
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual: expected the dtype of input {x.dtype}, got {residual.dtype}")
-    if residual.device != x.device:
-        raise RuntimeError(f"residual: expected device {x.device}, got {residual.device}")
-    x = canonical(x)
-    return x, like(residual, x)
-
-
-def _check_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    num_groups: int,
-    training: bool,
-    x: Tensor,
-) -> None:
-    """Everything an update could fail at, before anything is launched."""
-    if running_mean is None or running_var is None:
-        if running_mean is not running_var:
-            raise ValueError("running_mean and running_var: expected both or neither")
-        if not training:
-            raise ValueError("running_mean and running_var must be given when not training")
-        return
-    for name, v in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_vector(name, v, num_groups, "num_groups", x)
-        if v.requires_grad:
-            raise ValueError(f"{name}: expected a buffer, got a tensor that requires grad")
-    if running_mean.dtype != running_var.dtype:
-        raise TypeError(
-            f"running_var: expected the dtype of running_mean {running_mean.dtype}, "
-            f"got {running_var.dtype}"
-        )
-    if not training:
-        return
-    if momentum is None and num_batches_tracked is None:
-        raise ValueError("momentum=None needs num_batches_tracked")
-    if momentum is not None and not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum: expected a float or None, got {momentum!r}")
-    if num_batches_tracked is None:
-        return
-    counter = num_batches_tracked
-    if counter.numel() != 1 or counter.dtype != torch.int64:
-        raise ValueError(
-            "num_batches_tracked: expected one int64, "
-            f"got shape {tuple(counter.shape)} of {counter.dtype}"
-        )
-    if counter.device != x.device:
-        raise RuntimeError(f"num_batches_tracked: expected device {x.device}, got {counter.device}")
-
-
-def _is_int(n: object) -> bool:
-    # A symbol where the channels are traced as one.
-    return isinstance(n, (int, torch.SymInt))
-
-
-def _check_count(x: Tensor, num_groups: int, samples: int) -> int:
-    """Elements a cell: at least 2, or there is no variance."""
-    count = samples * (math.prod(x.shape[1:]) // num_groups)
-    if count < 2:
-        raise ValueError(
-            "input: expected more than 1 value per cell when training, got "
-            f"{count} for size {tuple(x.shape)} and num_groups {num_groups}"
-        )
-    return count

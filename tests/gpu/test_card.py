@@ -35,7 +35,7 @@ def test_both_kernel_backends_are_here() -> None:
 def forward_backward(case: Case, backend: str) -> list[torch.Tensor]:
     i = make(case, "cuda")
     leaves = [t.requires_grad_() for t in i.tensors() if t is not None]
-    y, mean, _, var = Normalize.apply(*i.tensors(), case.config(backend))
+    y, mean, _, var, _ = Normalize.apply(*i.tensors(), case.config(backend))
     return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, i.dy)]
 
 
@@ -128,7 +128,7 @@ def test_no_host_synchronisation(backend: str) -> None:
 
 
 def test_kernels_a_call(backend: str) -> None:
-    """Forward and backward are three kernels each, and running statistics one more: no memset."""
+    """Forward and backward are two kernels each at most: no memset, no combine of its own."""
     torch.use_deterministic_algorithms(False)
     x = torch.randn(8, 64, 28, 28, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     w, b = (torch.ones(64, device="cuda", requires_grad=True) for _ in range(2))
@@ -144,7 +144,7 @@ def test_kernels_a_call(backend: str) -> None:
         step()
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(names) == 6, names
+    assert 2 <= len(names) <= 4, names
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -172,7 +172,7 @@ def test_misaligned_views(backend: str) -> None:
         i = make(case, "cuda")
         buffer = torch.empty(i.x.numel() + offset, device="cuda", dtype=torch.bfloat16)
         x = buffer[offset:].view(case.shape).copy_(i.x)
-        y, mean, _, var = Normalize.apply(x, i.weight, i.bias, None, case.config(backend))
+        y, mean, _, var, _ = Normalize.apply(x, i.weight, i.bias, None, case.config(backend))
         check(case, {"y": y, "mean": mean, "var": var}, make(case))
 
 

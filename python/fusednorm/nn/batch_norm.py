@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusednorm import functional
-from fusednorm.reference.cells import activation_index
+from fusednorm.reference.cells import ACTIVATIONS, activation_index
+from fusednorm.training import is_plain, train_eagerly
 
 
 class BatchGroupNorm(_BatchNorm):
@@ -71,6 +72,8 @@ class BatchGroupNorm(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = act(norm(input) + residual), of input's shape, dtype and memory format."""
+        if self.training and is_plain(input):
+            return self._train_eagerly(input, residual)
         tracked = self.running_mean is not None
         training = self.training or not tracked
         update = self.training and tracked
@@ -92,9 +95,31 @@ class BatchGroupNorm(_BatchNorm):
             residual=residual,
             num_batches_tracked=self.num_batches_tracked if update else None,
         )
-        if update and self._splits_channels and not self._known_spatial_size:
-            self._known_spatial_size = input.shape[2:].numel()
-            self.spatial_size.fill_(self._known_spatial_size)
+        if update and self._splits_channels:
+            self._remember_spatial_size(input)
+        return y
+
+    def _train_eagerly(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """What forward does for a plain tensor in training; past Module.__getattr__, whose five
+        calls take the host as long as the operator does."""
+        parameters, buffers = self._parameters, self._buffers
+        if "weight" in parameters and "bias" in parameters:
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:  # parametrized
+            weight, bias = self.weight, self.bias
+        mean = buffers["running_mean"]
+        if weight is None:
+            self._check_channels(input)
+        inside = mean is not None and self._splits_channels
+        if inside:
+            self._check_spatial_size(input)
+        y = train_eagerly(
+            input, self.num_groups, False, weight, bias, residual,
+            (mean, buffers["running_var"], buffers["num_batches_tracked"], self.momentum),
+            self.eps, ACTIVATIONS[self.act], 0.01,
+        )  # fmt: skip
+        if inside:
+            self._remember_spatial_size(input)
         return y
 
     def reset_running_stats(self) -> None:
@@ -115,6 +140,11 @@ class BatchGroupNorm(_BatchNorm):
                 f"input: expected {self.num_features} channels, got {input.shape[1]} "
                 f"in {tuple(input.shape)}"
             )
+
+    def _remember_spatial_size(self, input: Tensor) -> None:
+        if not self._known_spatial_size:
+            self._known_spatial_size = input.shape[2:].numel()
+            self.spatial_size.fill_(self._known_spatial_size)
 
     def _check_spatial_size(self, input: Tensor) -> None:
         """Group borders inside channels move with the spatial size; so do their statistics."""

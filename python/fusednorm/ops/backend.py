@@ -28,6 +28,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _choice = _checked(os.environ.get("FUSEDNORM_BACKEND", "auto"), "FUSEDNORM_BACKEND")
+_null = False
 
 
 # Looked up once at import, without importing Triton: torch.compile traces these as constants.
@@ -76,6 +77,25 @@ def backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
+@contextlib.contextmanager
+def null_launch() -> Iterator[None]:
+    """The compiled operators for CPU tensors, without their launches: outputs are uninitialised.
+
+    For measuring what the host does in a call, and for nothing else.
+    """
+    global _choice, _null
+    if NATIVE_MISSING is not None:
+        raise RuntimeError(f"backend 'cuda' is not available: {NATIVE_MISSING}")
+    switch = torch.ops.fusednorm._set_null_launch
+    previous, _choice, _null = _choice, "cuda", True
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
+        _choice, _null = previous, False
+
+
 def resolve(x: Tensor) -> str:
     """The backend that serves x.
 
@@ -86,6 +106,8 @@ def resolve(x: Tensor) -> str:
         return "reference"
     if _choice == "auto":
         return "cuda" if NATIVE_MISSING is None else "triton" if HAS_TRITON else "reference"
+    if _null and _choice == "cuda":
+        return _choice
     if not x.is_cuda and not (_choice == "triton" and INTERPRETED):
         raise RuntimeError(
             f"backend {_choice!r} takes CUDA tensors, got input on {x.device}; "
@@ -95,3 +117,16 @@ def resolve(x: Tensor) -> str:
     if why is not None:
         raise RuntimeError(f"backend {_choice!r} is not available: {why}")
     return _choice
+
+
+def reasoned(x: Tensor) -> tuple[str, str]:
+    """``resolve(x)`` and the reason for it, for people."""
+    name = resolve(x)
+    if _choice != "auto":
+        return name, "chosen by backend() or FUSEDNORM_BACKEND"
+    if not x.is_cuda:
+        return name, f"input is on {x.device}"
+    if name == "cuda":
+        return name, "input is a CUDA tensor and the compiled library is installed"
+    without = f"input is a CUDA tensor, but {NATIVE_MISSING}"
+    return name, without if name == "triton" else f"{without}, and neither is triton"

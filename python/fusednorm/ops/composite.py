@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fusednorm.layout import canonical, is_nhwc, like
+from fusednorm.ops.mask import keep, no_mask, pack, unpack
 from fusednorm.reference import cells
 from fusednorm.reference.cells import NONE, accumulation_dtype
 
@@ -87,11 +89,12 @@ class _Pieces(NamedTuple):
     def from_channels(self, v: Tensor | None) -> Tensor | None:
         if v is None or (self.per_channel == 1 and self.sets == 1):
             return v
-        return self._to_aten(v.repeat_interleave(self.per_channel).repeat(self.sets))
+        v = _repeated(v, self.per_channel)
+        return self._to_aten(v if self.sets == 1 else v.repeat(self.sets))
 
     def from_cells(self, v: Tensor) -> Tensor:
         v = v.reshape(-1)
-        return self._to_aten(v if self.per_group == 1 else v.repeat_interleave(self.per_group))
+        return self._to_aten(_repeated(v, self.per_group))
 
     def to_channels(self, v: Tensor) -> Tensor:
         return self._from_aten(v).view(self.sets, -1, self.per_channel).sum((0, 2))
@@ -99,6 +102,11 @@ class _Pieces(NamedTuple):
     def to_cells(self, v: Tensor) -> Tensor:
         """(sets, G, pieces a group)"""
         return self._from_aten(v).view(self.sets, -1, self.per_group)
+
+
+def _repeated(v: Tensor, times: int) -> Tensor:
+    """v.repeat_interleave(times), which takes twice the time of a small one."""
+    return v if times == 1 else v.unsqueeze(1).expand(-1, times).contiguous().view(-1)
 
 
 def _seen_as_pieces(x: Tensor, num_groups: int, per_sample: bool) -> tuple[Tensor, _Pieces]:
@@ -146,11 +154,13 @@ def norm_forward(
     eps: float,
     act: int,
     slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], num_groups) if per_sample else (num_groups,)
     if x.numel() == 0:
         mean, var = x.new_zeros((2, *shape), dtype=accumulation_dtype(x.dtype)).unbind()
-        return torch.empty_like(canonical(x)), mean.clone(), (var + eps).rsqrt(), var.clone()
+        y, rstd = torch.empty_like(canonical(x)), (var + eps).rsqrt()
+        return y, mean.clone(), rstd, var.clone(), no_mask(x)
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
     scratch = p.scratch(wide)
     xv = p.of(wide, scratch)
@@ -164,7 +174,8 @@ def norm_forward(
         rstd = (var + eps).rsqrt()
         z = _preactivation(wide, xv, p, mean, rstd, weight, bias, scratch)
     y = _finish(z, x, residual, act, slope)
-    return y, mean.reshape(shape), rstd.reshape(shape), var.reshape(shape)
+    mask = pack(y) if save_mask else no_mask(x)
+    return y, mean.reshape(shape), rstd.reshape(shape), var.reshape(shape), mask
 
 
 def norm_apply(
@@ -195,6 +206,7 @@ def norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     num_groups: int,
     per_sample: bool,
     live: float,
@@ -202,7 +214,7 @@ def norm_backward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = canonical(x)
-    wants_dresidual = residual is not None and act != NONE
+    wants_dresidual = (residual is not None or mask is not None) and act != NONE
     if x.numel() == 0:
         dweight, dbias = (x.new_zeros(x.shape[1], dtype=mean.dtype) for _ in range(2))
         dresidual = torch.empty_like(out) if wants_dresidual else x.new_empty(0)
@@ -210,7 +222,9 @@ def norm_backward(
     wide, p = _seen_as_pieces(x, num_groups, per_sample)
     scratch = p.scratch(wide)
     xv, h = p.of(wide, scratch), like(dy.to(mean.dtype), wide)
-    if act != NONE:
+    if mask is not None:
+        h = keep(h, unpack(mask, out))
+    elif act != NONE:
         z = _preactivation(wide, xv, p, mean, rstd, weight, bias)
         if residual is not None:
             z.add_(residual)
@@ -253,7 +267,18 @@ def _finish(z: Tensor, x: Tensor, residual: Tensor | None, act: int, slope: floa
     """act(z + residual) in x's dtype and layout; z is fresh memory."""
     if residual is not None:
         z.add_(residual)
-    return like(cells.activate(z, act, slope).to(x.dtype), canonical(x))
+    return like(_activated(z, act, slope).to(x.dtype), canonical(x))
+
+
+def _activated(z: Tensor, act: int, slope: float) -> Tensor:
+    """cells.activate in z's own memory: on the CPU fresh pages cost as much as the arithmetic."""
+    if act == cells.RELU:
+        return z.relu_()
+    if act == cells.SILU:
+        return F.silu(z, inplace=True)
+    if act == cells.GELU:
+        return torch.ops.aten.gelu_(z)
+    return F.leaky_relu_(z, slope) if act == cells.LEAKY_RELU else z
 
 
 def _activation_backward(h: Tensor, z: Tensor, act: int, slope: float) -> Tensor:
@@ -348,3 +373,38 @@ def update_running(
         running_var.add_((var * unbias - running_var) * factor)
     else:
         raise ValueError("momentum=None needs num_batches_tracked")
+
+
+def norm_train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    num_groups: int,
+    per_sample: bool,
+    eps: float,
+    momentum: float | None,
+    act: int,
+    slope: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plain = num_groups == x.shape[1] and not per_sample and x.dtype.itemsize >= 4
+    mean, var = running_mean, running_var
+    if plain and (mean is None or (momentum is not None and mean.dtype is x.dtype)):
+        # ATen moves the running statistics of batch norm itself.
+        move = momentum or 0.0
+        z, mean, rstd = torch.native_batch_norm(x, weight, bias, mean, var, True, move, eps)
+        if running_mean is not None and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        y = _finish(z, x, residual, act, slope)
+        return y, mean, rstd, pack(y) if save_mask else no_mask(x)
+    y, mean, rstd, var, mask = norm_forward(
+        x, weight, bias, residual, num_groups, per_sample, eps, act, slope, save_mask
+    )
+    if running_mean is not None and running_var is not None:
+        running = running_mean, running_var, num_batches_tracked
+        update_running(*running, mean, var, momentum, x.numel() // num_groups)
+    return y, mean, rstd, mask

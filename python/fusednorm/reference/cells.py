@@ -28,9 +28,8 @@ ACTIVATIONS = {None: NONE, "relu": RELU, "silu": SILU, "gelu": GELU, "leaky_relu
 
 def activation_index(act: str | None) -> int:
     """The number operators know an activation by; ValueError for a name that is none."""
-    for name, index in ACTIVATIONS.items():
-        if act == name:
-            return index
+    if act is None or (isinstance(act, str) and act in ACTIVATIONS):
+        return ACTIVATIONS[act]
     known = ", ".join(repr(name) for name in ACTIVATIONS)
     raise ValueError(f"act: expected one of {known}, got {act!r}")
 
@@ -145,16 +144,20 @@ def backward(
     live: float,
     act: int,
     slope: float,
+    positive: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual by the formula above; differentiable in every argument.
 
     Parameter gradients come in the accumulation dtype, also where there is no parameter.
+    ``positive``, where y > 0, settles relu's derivative instead of the residual.
     """
     acc = accumulation_dtype(x.dtype)
     wide, h = x.to(acc), dy.to(acc)
     centered_rstd = spread(rstd, x)
     xhat = (wide - spread(mean, x)) * centered_rstd
-    if act != NONE:
+    if positive is not None:
+        h = h * positive
+    elif act != NONE:
         z = apply(wide, mean, rstd, weight, bias, None if residual is None else residual.to(acc))
         h = h * activation_derivative(z, act, slope)
     over = [d for d in range(x.dim()) if d != 1]
