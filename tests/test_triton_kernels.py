@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU, against float64, and what they are planned by.
+"""The Triton kernels, interpreted on the CPU, against float64.
 
 Triton reads TRITON_INTERPRET when kernels are decorated, so all of this needs a process that has
 it from the start. Run without it, this file has one test, which runs the file again with it:
@@ -7,8 +7,14 @@ it from the start. Run without it, this file has one test, which runs the file a
     pytest tests/test_triton_kernels.py                         the same, in a subprocess
 
 Tiles and waves are shrunk, so that tensors of a few hundred elements have several tiles a block,
-several blocks a piece, and tails everywhere. Fresh memory is NaN (conftest.py): an element of an
-output or a workspace that no kernel wrote fails its test.
+several blocks a piece, fans of splits, and tails everywhere. Fresh memory is NaN (conftest.py): an
+element of an output or a workspace that no kernel wrote fails its test. Every case runs on one of
+four paths, dealt so that each kind of group meets all of them:
+
+    streaming   two sweeps, the partials combined by the last to arrive
+    captured    two sweeps and a combining launch, as in a CUDA graph
+    onchip      one launch, a slice a block
+    cache       one launch that reads its slice twice
 """
 
 from __future__ import annotations
@@ -17,52 +23,75 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from fusednorm.triton_kernels import launch, plan
+from fusednorm.triton_kernels import counters, launch
 from fusednorm.triton_kernels.geometry import Geometry
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from cases import Case, all_cases, check, in_layout, make
 from fusednorm import triton_kernels as kernels
 from fusednorm.layout import canonical
+from fusednorm.ops.mask import mask_size, pack
 from fusednorm.reference import cells
+from test_triton_plan import PATHS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("nchw", "nhwc", "slice")
 
 
+DEALT_PATHS = ("streaming", "onchip", "cache", "captured")
+
+
 @pytest.fixture(autouse=True)
-def _many_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "TILE", 64)
-    monkeypatch.setattr(plan, "MAX_BLOCK_CHANNELS", 16)
-    monkeypatch.setattr(plan, "REDUCE_BLOCKS", 2)
-    monkeypatch.setattr(plan, "APPLY_BLOCKS", 2)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that a test launches; every counter is zero again afterwards."""
+    names: list[str] = []
+    real = launch.launch
+
+    def note(kernel: Any, *args: Any, **constants: Any) -> None:
+        names.append(kernel.__name__.removesuffix("_kernel"))
+        real(kernel, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", note)
+    take(monkeypatch, "streaming")
+    yield names
+    assert not any(zeros.any() for zeros in counters._cache.values())
+
+
+def take(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(launch, "LIMITS", PATHS[path])
+    if path == "captured":
+        monkeypatch.setattr(counters, "zeros", lambda x, count: None)
 
 
 def forward(case: Case, seed: int = 0, eps: float = 1e-5) -> dict[str, Tensor]:
     i = make(case, seed=seed)
     epilogue = (cells.ACTIVATIONS[case.act], 0.01)
     where = (case.num_groups, case.per_sample)
-    y, mean, rstd, var = kernels.norm_forward(
-        i.x, i.weight, i.bias, i.residual, *where, eps, *epilogue
+    y, mean, rstd, var, mask = kernels.norm_forward(
+        i.x, i.weight, i.bias, i.residual, *where, eps, *epilogue, False
     )
+    assert mask.shape == (0,)
     return {"y": y, "mean": mean, "rstd": rstd, "var": var}
 
 
-def backward(case: Case, mean: Tensor, rstd: Tensor, live: float = 1.0) -> dict[str, Tensor]:
+def backward(
+    case: Case, mean: Tensor, rstd: Tensor, live: float = 1.0, mask: Tensor | None = None
+) -> dict[str, Tensor]:
     i = make(case)
     epilogue = (cells.ACTIVATIONS[case.act], 0.01)
     where = (case.num_groups, case.per_sample)
+    residual = i.residual if mask is None else None
     grads = kernels.norm_backward(
-        i.dy, i.x, mean, rstd, i.weight, i.bias, i.residual, *where, live, *epilogue
+        i.dy, i.x, mean, rstd, i.weight, i.bias, residual, mask, *where, live, *epilogue
     )
     return dict(zip(("dx", "dweight", "dbias", "dresidual"), grads, strict=True))
 
@@ -94,12 +123,12 @@ FULL = [
     for form in ("nchw", "nhwc")
     for dtype in DTYPES
 ]
-# The awkward shapes: every eleventh case, coprime to the periods of dtype, layout and activation.
+# The awkward shapes: every seventh case, coprime to the periods of dtype, layout and activation.
 # The interpreter takes milliseconds a block, and blocks are at least pieces x sets.
 DEALT = [
     case
-    for case in all_cases(DTYPES, LAYOUTS)[::11]
-    if (g := Geometry.of(case.shape, case.num_groups, case.per_sample)).pieces * g.sets <= 80
+    for case in all_cases(DTYPES, LAYOUTS)[::7]
+    if (g := Geometry.of(case.shape, case.num_groups, case.per_sample)).pieces * g.sets <= 30
 ]
 # Every activation x residual in both patterns and in both accumulation types.
 EPILOGUES = [
@@ -111,37 +140,145 @@ EPILOGUES = [
 ]
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
-def test_every_dtype_layout_and_kind(case: Case) -> None:
+def dealt(cases: list[Case]) -> list[Any]:
+    """Each case with one of the paths, the next for the next one."""
+    paths = [DEALT_PATHS[(i + i // 4) % 4] for i in range(len(cases))]
+    return [pytest.param(c, p, id=f"{c}-{p}") for c, p in zip(cases, paths, strict=True)]
+
+
+@pytest.mark.parametrize(("case", "path"), dealt(FULL))
+def test_every_dtype_layout_and_kind(
+    case: Case, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(monkeypatch, path)
     verify(case)
 
 
-@pytest.mark.parametrize("case", DEALT, ids=str)
-def test_awkward_shapes(case: Case) -> None:
+@pytest.mark.parametrize(("case", "path"), dealt(DEALT))
+def test_awkward_shapes(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, path)
     verify(case)
 
 
-@pytest.mark.parametrize("case", EPILOGUES, ids=str)
-def test_every_epilogue(case: Case) -> None:
+@pytest.mark.parametrize(("case", "path"), dealt(EPILOGUES))
+def test_every_epilogue(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, path)
     verify(case)
+
+
+@pytest.mark.parametrize("groups", [16, 4, 64], ids=["channels", "whole", "parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frames(groups: int, dtype: torch.dtype, launched: list[str]) -> None:
+    """Planes that do not begin on 16 bytes are read as samples x C*S; others as runs."""
+    verify(Case((3, 16, 3, 4), groups, False, "nchw", dtype, "silu", True))
+    assert len(launched) == 4
+    # Whole channels make a group whose run begins on 16 bytes.
+    wide = {torch.float32: {16: 4, 4: 4, 64: 0}, torch.bfloat16: {16: 0, 4: 1, 64: 0}}
+    runs = wide[dtype][groups]
+    assert sum("runs" in name for name in launched) == runs
+
+
+LAUNCHES = {
+    ("streaming", False): (["moments", "apply"], ["backward_reduce", "backward_apply"]),
+    ("streaming", True): (["moments", "apply"], ["backward_reduce", "backward_apply"]),
+    ("captured", False): (
+        ["moments", "moments_combine", "apply"],
+        ["backward_reduce", "sums_combine", "backward_apply"],
+    ),
+    ("onchip", False): (["forward_onchip"], ["backward_onchip"]),
+    ("onchip", True): (["forward_onchip"], ["backward_onchip", "channels_combine"]),
+    ("cache", False): (["forward_slices"], ["backward_slices"]),
+}
 
 
 @pytest.mark.parametrize("form", ["nchw", "nhwc"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_default_tiles(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan as it ships, not the small one."""
-    monkeypatch.undo()
-    verify(Case((3, 6, 5, 4), KINDS[kind], False, form, torch.float32, "silu", True))
+@pytest.mark.parametrize(("path", "per_sample"), LAUNCHES)
+def test_number_of_launches(
+    path: str, per_sample: bool, form: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card these are the nodes of a graph. The running statistics take none of their own."""
+    take(monkeypatch, path)
+    case = Case((3, 6, 5, 4), 2, per_sample, form, torch.float32, "relu")
+    out = train(case, [None] * 3 if per_sample else running(2), 0.1)
+    first = list(launched)
+    launched.clear()
+    backward(case, out["mean"], out["rstd"])
+    for names, wanted in zip((first, launched), LAUNCHES[path, per_sample], strict=True):
+        assert [n.removesuffix("_runs").removesuffix("_columns") for n in names] == wanted
 
 
-@pytest.mark.parametrize("case", FULL[::9], ids=str)
-def test_same_bits_again(case: Case) -> None:
+ORDERED = [
+    Case((3, 6, 5, 4), 6, False, "nchw", torch.float32, "relu", True),
+    Case((3, 6, 5, 4), 2, False, "nhwc", torch.bfloat16, "relu", True),
+    Case((2, 4, 3, 2), 2, True, "nchw", torch.float32, "relu", True),
+]
+
+
+@pytest.mark.parametrize("path", ["streaming", "onchip", "cache"])
+@pytest.mark.parametrize("case", ORDERED, ids=str)
+def test_same_bits_in_any_order(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again with the same counters, and with the programs run backwards: whoever arrives last."""
+    take(monkeypatch, path)
     first = forward(case)
-    second = forward(case)
     first |= backward(case, first["mean"], first["rstd"])
-    second |= backward(case, second["mean"], second["rstd"])
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    kept = [zeros.data_ptr() for zeros in counters._cache.values()]
+    for reverse in (False, True):
+        with monkeypatch.context() as patch:
+            if reverse:
+                run_backwards(patch)
+            again = forward(case)
+            again |= backward(case, again["mean"], again["rstd"])
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), (name, reverse)
+    assert kept == [zeros.data_ptr() for zeros in counters._cache.values()]
+
+
+def run_backwards(patch: pytest.MonkeyPatch) -> None:
+    """Make the interpreter start with the last program of a grid."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    place = builder.set_grid_idx
+    patch.setattr(
+        builder,
+        "set_grid_idx",
+        lambda x, y, z: place(builder.grid_dim[0] - 1 - x, y, z),
+        raising=True,
+    )
+
+
+MASKED = [
+    Case(shape, shape[1], False, form, dtype, "relu", True)
+    for shape in ((3, 8, 4, 2), (3, 5, 3, 3))
+    for form in ("nchw", "nhwc")
+    for dtype in (torch.bfloat16, torch.float32, torch.float64)
+]
+
+
+@pytest.mark.parametrize(("case", "path"), dealt(MASKED))
+def test_mask(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit an element where y > 0; backward makes of it what it makes of the residual."""
+    take(monkeypatch, path)
+    i = make(case)
+    out = kernels.norm_forward(
+        i.x, i.weight, i.bias, i.residual, case.num_groups, False, 1e-5, cells.RELU, 0.0, True
+    )
+    y, mean, rstd, _, mask = out
+    assert mask.dtype == torch.uint8
+    assert mask.shape == (mask_size(i.x),)
+    assert torch.equal(mask, pack(y))
+    want = backward(case, mean, rstd)
+    for name, got in backward(case, mean, rstd, mask=mask).items():
+        assert torch.equal(got, want[name]), name
+
+
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_mask_of_anything(act: str | None) -> None:
+    """Whoever asks gets the bits of y > 0, NaN counting as not."""
+    x = torch.randn(3, 8, 4, 2)
+    x[1, 2, 3, 1] = math.nan
+    code = cells.ACTIVATIONS[act]
+    y, *_, mask = kernels.norm_forward(x, None, None, None, 8, False, 1e-5, code, 0.0, True)
+    assert torch.equal(mask, pack(y))
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
@@ -170,13 +307,17 @@ def test_given_statistics(kind: str, form: str, act: str) -> None:
     torch.testing.assert_close(half, (frozen["dx"] + whole) / 2)
 
 
+@pytest.mark.parametrize("path", ["streaming", "onchip", "cache"])
 @pytest.mark.parametrize("form", ["nchw", "nhwc"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_large_mean(kind: str, form: str) -> None:
+@pytest.mark.parametrize("kind", ["channels", "whole"])
+def test_large_mean(kind: str, form: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """mean/sigma = 10^4 in float32: the error of y is no worse than torch's own."""
+    take(monkeypatch, path)
     groups = KINDS[kind]
     x = in_layout(1e4 + torch.randn(8, 6, 8, 5), form)
-    y, mean, _, var = kernels.norm_forward(x, None, None, None, groups, False, 1e-5, 0, 0.0)
+    y, mean, _, var, _ = kernels.norm_forward(
+        x, None, None, None, groups, False, 1e-5, 0, 0.0, False
+    )
     flat = x.reshape(8, groups, -1)
     exact = F.batch_norm(flat.double(), None, None, None, None, True)
     own = F.batch_norm(flat, None, None, None, None, True)
@@ -204,16 +345,20 @@ def test_mean_is_subtracted_first(form: str) -> None:
 @pytest.mark.parametrize("value", [1e4 / 3, -1e30])
 @pytest.mark.parametrize("form", ["nchw", "nhwc"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_constant_input(kind: str, form: str, value: float) -> None:
+def test_constant_input(
+    kind: str, form: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No variance, exactly: y is the bias, and the gradient is finite."""
+    paths = dict(zip(KINDS, DEALT_PATHS if form == "nchw" else DEALT_PATHS[::-1], strict=True))
+    take(monkeypatch, paths[kind])
     x = in_layout(torch.full((3, 6, 5, 4), value), form)
     where, bias = (KINDS[kind], False), torch.arange(6.0)
-    y, mean, rstd, var = kernels.norm_forward(x, None, bias, None, *where, 1e-5, 0, 0.0)
+    y, mean, rstd, var, _ = kernels.norm_forward(x, None, bias, None, *where, 1e-5, 0, 0.0, False)
     assert torch.equal(var, torch.zeros_like(var))
     assert torch.equal(mean, torch.full_like(mean, value))
     assert torch.equal(y, bias[:, None, None].expand_as(y))
     dy = torch.randn_like(x)
-    grads = kernels.norm_backward(dy, x, mean, rstd, None, bias, None, *where, 1.0, 0, 0.0)
+    grads = kernels.norm_backward(dy, x, mean, rstd, None, bias, None, None, *where, 1.0, 0, 0.0)
     assert all(torch.isfinite(g).all() for g in grads)
 
 
@@ -225,10 +370,11 @@ def test_kinks_and_nan(act: str | None, form: str) -> None:
     z = in_layout(values.expand(1, 2, 5), form).requires_grad_()
     expected = cells.activate(z, cells.ACTIVATIONS[act], 0.3)
     (dz,) = torch.autograd.grad(expected.sum(), z)
-    given_args = (torch.zeros(2), torch.ones(2), None, None, None, 2, False)
+    given_args = (torch.zeros(2), torch.ones(2), None, None, None)
     epilogue = (cells.ACTIVATIONS[act], 0.3)
-    y = kernels.norm_apply(z.detach(), *given_args, *epilogue)
-    dx = kernels.norm_backward(torch.ones_like(z), z.detach(), *given_args, 0.0, *epilogue)[0]
+    y = kernels.norm_apply(z.detach(), *given_args, 2, False, *epilogue)
+    given_args += (None, 2, False, 0.0)
+    dx = kernels.norm_backward(torch.ones_like(z), z.detach(), *given_args, *epilogue)[0]
     torch.testing.assert_close(y, expected.detach(), equal_nan=True)
     torch.testing.assert_close(dx, dz, equal_nan=True)
 
@@ -239,14 +385,17 @@ def test_empty(shape: tuple[int, ...], per_sample: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "launch", lambda *_, **__: pytest.fail("launched"))
     x, weight = torch.empty(shape), torch.ones(6)
     where = (6, per_sample)
-    y, mean, rstd, var = kernels.norm_forward(x, weight, weight, x, *where, 1e-5, 1, 0.0)
+    y, mean, rstd, var, mask = kernels.norm_forward(
+        x, weight, weight, x, *where, 1e-5, 1, 0.0, True
+    )
+    assert mask.shape == (0,)
     assert y.shape == shape
     assert mean.shape == ((shape[0], 6) if per_sample else (6,))
     assert not mean.any()
     assert not var.any()
     torch.testing.assert_close(rstd, torch.full_like(mean, 1e-5**-0.5))
     assert kernels.norm_apply(x, mean, rstd, weight, weight, x, *where, 1, 0.0).shape == shape
-    grads = kernels.norm_backward(x, x, mean, rstd, weight, weight, x, *where, 1.0, 1, 0.0)
+    grads = kernels.norm_backward(x, x, mean, rstd, weight, weight, x, None, *where, 1.0, 1, 0.0)
     assert [g.shape for g in grads] == [shape, (6,), (6,), shape]
     assert not grads[1].any()
     assert not grads[2].any()
@@ -260,10 +409,10 @@ def test_strange_strides() -> None:
     residual = in_layout(i.residual, "nhwc")
     dy = torch.randn(()).expand(case.shape)
     where = (6, False)
-    _, mean, rstd, _ = kernels.norm_forward(x, None, None, residual, *where, 1e-5, 1, 0.0)
-    got = kernels.norm_backward(dy, x, mean, rstd, None, None, residual, *where, 1.0, 1, 0.0)
+    _, mean, rstd, _, _ = kernels.norm_forward(x, None, None, residual, *where, 1e-5, 1, 0.0, False)
+    got = kernels.norm_backward(dy, x, mean, rstd, None, None, residual, None, *where, 1.0, 1, 0.0)
     want = kernels.norm_backward(
-        dy.contiguous(), i.x, mean, rstd, None, None, i.residual, *where, 1.0, 1, 0.0
+        dy.contiguous(), i.x, mean, rstd, None, None, i.residual, None, *where, 1.0, 1, 0.0
     )
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -291,14 +440,112 @@ def test_update_running(groups: int, dtype: torch.dtype, momentum: float | None)
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=2 * tolerance)
 
 
-def test_update_running_equals_batch_norm() -> None:
-    x = torch.randn(4, 6, 5, 4)
-    ours, theirs = ([torch.zeros(6), torch.ones(6)] for _ in range(2))
-    F.batch_norm(x, *theirs, training=True, momentum=0.3)
-    _, mean, _, var = kernels.norm_forward(x, None, None, None, 6, False, 1e-5, 0, 0.0)
-    kernels.update_running(*ours, None, mean, var, 0.3, 80)
-    for a, b in zip(ours, theirs, strict=True):
+def running(groups: int, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    """running_mean, running_var, num_batches_tracked."""
+    return [torch.zeros(groups, dtype=dtype), torch.ones(groups, dtype=dtype), torch.tensor(4)]
+
+
+def train(case: Case, buffers: list[Tensor | None], momentum: float | None) -> dict[str, Tensor]:
+    i = make(case)
+    y, mean, rstd, mask = kernels.norm_train(
+        i.x, i.weight, i.bias, i.residual, *buffers, case.num_groups, case.per_sample,
+        1e-5, momentum, cells.ACTIVATIONS[case.act], 0.01, False,
+    )  # fmt: skip
+    assert mask.shape == (0,)
+    return {"y": y, "mean": mean, "rstd": rstd}
+
+
+TRAINED = [
+    Case((3, 6, 5, 4), groups, False, form, dtype, "relu", True)
+    for groups, dtype in zip(KINDS.values(), (torch.float32, torch.float64) * 2, strict=True)
+    for form in ("nchw", "nhwc")
+]
+
+
+@pytest.mark.parametrize(("case", "path"), dealt(TRAINED))
+def test_train(case: Case, path: str, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of torch's rule in float64, and what norm_forward returns, bit by bit."""
+    take(monkeypatch, path)
+    plain = forward(case)
+    acc = cells.accumulation_dtype(case.dtype)
+    var = plain["var"].double() * case.count / (case.count - 1)
+    for momentum in (0.3, None):
+        buffers = running(case.num_groups, acc)
+        mean, second = torch.zeros(case.num_groups).double(), torch.ones(case.num_groups).double()
+        launched.clear()
+        for step in range(2):
+            out = train(case, buffers, momentum)
+            factor = 1 / (5 + step) if momentum is None else momentum
+            mean = (1 - factor) * mean + factor * plain["mean"].double()
+            second = (1 - factor) * second + factor * var
+        assert ("update_running" in launched) == (momentum is None)
+        assert all(torch.equal(out[name], plain[name]) for name in out)
+        assert buffers[2] == 6
+        tolerance = 8 * torch.finfo(acc).eps
+        torch.testing.assert_close(buffers[0].double(), mean, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(buffers[1].double(), second, rtol=tolerance, atol=tolerance)
+
+
+def test_train_without_buffers(launched: list[str]) -> None:
+    """No running statistics, or no count of batches, or narrower buffers."""
+    case = Case((3, 6, 5, 4), 6)
+    plain = forward(case)
+    assert torch.equal(train(case, [None, None, None], 0.1)["y"], plain["y"])
+    buffers = running(6)[:2]
+    train(case, [*buffers, None], 1.0)
+    assert torch.equal(buffers[0], plain["mean"])
+    narrow = running(6, torch.bfloat16)
+    launched.clear()
+    train(case, narrow, 1.0)
+    assert launched[-1] == "update_running"
+    torch.testing.assert_close(narrow[0].float(), plain["mean"], rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_train_strided_buffers(momentum: float | None) -> None:
+    """Columns of something else move as dense buffers do, and nothing beside them."""
+    case, plain = Case((3, 6, 5, 4), 6), running(6)
+    both = torch.stack([*plain[:2], torch.full((6,), 5.0)], 1)
+    train(case, [both[:, 0], both[:, 1], torch.tensor(4)], momentum)
+    train(case, plain, momentum)
+    assert torch.equal(both, torch.stack([*plain[:2], torch.full((6,), 5.0)], 1))
+
+
+def test_train_equals_batch_norm() -> None:
+    case = Case((4, 6, 5, 4), 6)
+    ours, theirs = running(6), running(6)
+    F.batch_norm(make(case).x, *theirs[:2], training=True, momentum=0.3)
+    train(case, ours, 0.3)
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_counters_are_a_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor a stream, longer when a plan needs it; none for more than there may be."""
+    monkeypatch.setattr(counters, "_cache", {})
+    x = torch.zeros(1)
+    first = counters.zeros(x, 3)
+    assert first is counters.zeros(x, counters.LEAST)
+    longer = counters.zeros(x, counters.LEAST + 1)
+    assert longer.numel() > counters.LEAST
+    assert counters.zeros(x, 1) is longer
+    assert counters.zeros(x, counters.MOST + 1) is None
+
+    class Card:
+        is_cuda, device = True, torch.device("meta")
+
+    stream, capturing = [7], [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream[0])
+    )
+    one = counters.zeros(Card(), 1)
+    assert counters.zeros(Card(), 1) is one
+    stream[0] = 8
+    assert counters.zeros(Card(), 1) is not one
+    capturing[0] = True
+    assert counters.zeros(Card(), 1) is None
+    monkeypatch.undo()
 
 
 def test_python_floats_reach_float64_kernels() -> None:
@@ -318,66 +565,6 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in calls:
         with pytest.raises(RuntimeError, match=r"'triton' takes CUDA tensors, got \w+ on cpu"):
             call()
-
-
-@st.composite
-def geometries(draw: st.DrawFn) -> Geometry:
-    n, c, s = (draw(st.integers(1, m)) for m in (4, 24, 40))
-    divisors = [g for g in range(1, c * s + 1) if c * s % g == 0]
-    return Geometry(n, c, s, draw(st.sampled_from(divisors)), draw(st.booleans()))
-
-
-@given(geometries())
-def test_pieces_are_the_common_refinement(g: Geometry) -> None:
-    cuts = sorted({*range(0, g.sample, g.spatial), *range(0, g.sample, g.group)})
-    assert [g.piece_start(p) for p in range(g.pieces)] == cuts
-    assert g.piece_start(g.pieces) == g.sample
-    owner = [sum(cut <= d for cut in cuts) - 1 for d in range(g.sample)]
-    assert [g.piece_of(d) for d in range(g.sample)] == owner
-    lengths = [b - a for a, b in zip(cuts, [*cuts[1:], g.sample], strict=True)]
-    assert g.longest == max(lengths)
-    assert g.regular == (set(lengths) == {g.unit}) or g.unit == max(lengths)
-    assert all(length % g.unit == 0 for length in lengths)
-    assert g.count * g.cells == g.n * g.sample
-    assert g.whole_groups().pieces == g.groups
-
-
-# The plan as it ships: hypothesis and the fixture's patch both apply, and neither matters here.
-@settings(max_examples=300)
-@given(geometries(), st.sampled_from([2, 4, 8]), st.booleans(), st.integers(1, 200))
-def test_plans_cover_and_fit(g: Geometry, itemsize: int, nhwc: bool, sms: int) -> None:
-    p = plan.make_plan(g, itemsize, nhwc, sms)
-    assert p.pattern == ("columns" if nhwc and plan.fits_columns(g) else "runs")
-    assert p.strided == (nhwc and p.pattern == "runs")
-    for geometry, sweep in ((p.moments, p.reduce_moments), (g, p.reduce), (g, p.apply)):
-        for size in (sweep.block_rows, sweep.block_cols, sweep.num_warps):
-            assert size & (size - 1) == 0
-        assert sweep.block_rows * sweep.block_cols <= plan.TILE
-        rows = geometry.rows
-        if p.pattern == "columns":
-            assert g.spatial % p.ranges == 0
-            rows *= g.spatial // p.ranges
-            assert g.channels % sweep.vec == 0
-            columns = 1
-        else:
-            columns = plan.ceil_div(geometry.longest, sweep.block_cols)
-            assert geometry.unit % sweep.vec == 0
-        # No split without a tile in the longest piece, and 16 bytes at most.
-        assert 1 <= sweep.splits <= plan.ceil_div(rows, sweep.block_rows) * columns
-        assert sweep.vec * itemsize <= 16
-        if p.strided:
-            assert sweep.vec == 1
-
-
-def test_plan_fills_a_card() -> None:
-    """ResNet-50's layers at batch 32 have a block for every place of 132 multiprocessors."""
-    for c, hw in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
-        for nhwc in (False, True):
-            g = Geometry(32, c, hw * hw, c, False)
-            p = plan.make_plan(g, 2, nhwc, 132)
-            wide = c if p.pattern == "runs" else plan.ceil_div(c, p.reduce.block_cols)
-            tiles = 32 * hw * hw * c / (p.reduce.block_rows * p.reduce.block_cols)
-            assert wide * p.reduce.splits >= min(plan.REDUCE_BLOCKS * 132, tiles / 2), (c, nhwc)
 
 
 if not INTERPRETED:

@@ -1,15 +1,18 @@
 """From partials to cells and channels, and from cells to running statistics.
 
-    moments_combine    cell:     mean, var = M2/count, rstd = 1/sqrt(var + eps)
-    backward_combine   cell:     m0 = live*sum(w*h)/count,  m1 = live*sum(w*h*xhat)/count
-                       channel:  dbias = sum h,  dweight = sum h*xhat, over all samples
-    update_running     running = (1 - f)*running + f*batch, the variance unbiased
+    finish_moments   cell:     mean, var = M2/count, rstd = 1/sqrt(var + eps), running statistics
+    finish_sums      cell:     m0 = live*sum(w*h)/count,  m1 = live*sum(w*h*xhat)/count
+    finish_channels  channel:  dbias = sum h,  dweight = sum h*xhat, over all samples
 
 Partials are laid ((a*P + p)*T + t) and the pieces of a cell are neighbours, so a cell is one
-contiguous stretch of them, and a channel one stretch a sample set. One program each, which reads
-its stretch in steps of BLOCK, first to last: a fixed order, no atomics. rstd is rounded correctly
-(sqrt and division of the cell's few numbers cost nothing), as a mean that is off by an ulp is
-multiplied by every element.
+contiguous stretch of them, and a channel one stretch a sample set. They are merged by index,
+CELLS x STEP at a time, first to last: a fixed order whoever does it, no float atomics, the same
+bits every time. rstd is rounded correctly (sqrt and division of the cell's few numbers cost
+nothing), as a factor that is off by an ulp is multiplied by every element.
+
+Who does it: the block of the first sweep that arrives last at the counter of its cells (``last``),
+and for channels, whose partials may lie anywhere, the blocks of the second sweep. The kernels here
+do it in a launch of their own where there are no counters: while a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -17,17 +20,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .indexing import piece_of, piece_start, stretch
 from .pointwise import load_affine, number
-from .runs import piece_start
 from .welford import chan, merge_lanes
 
 SIZES = ["spatial", "group", "unit", "groups", "pieces", "splits", "planes"]
 
 
 @triton.jit
-def piece_of(d, spatial, group, unit):
-    """The piece of element d of a sample; geometry.py has the formula."""
-    return d // spatial + d // group - d // (spatial // unit * group)
+def last(counter_ptr, expected):
+    """Whether this block is the last of ``expected`` to arrive; then the counter is 0 again.
+
+    The hazard is a partial that its reader does not see. All threads of a block have stored theirs
+    before the barrier; thread 0 then adds with release, which covers what the barrier ordered
+    before it, and acquire, after which the last block sees what every earlier one released. Its
+    loads are .cg nevertheless: an L1 line of partials cannot be stale if there is none. The reset
+    races with nobody: all have arrived, and the next launch of the stream begins after this one.
+    """
+    tl.debug_barrier()
+    is_last = expected == 1
+    if expected > 1:
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        is_last = arrived.to(expected.dtype) == expected - 1
+        if is_last:
+            tl.store(counter_ptr, 0)
+        # No thread reads partials before thread 0 has acquired.
+        tl.debug_barrier()
+    return is_last
 
 
 @triton.jit
@@ -47,14 +66,218 @@ def square_root(a):
         return tl.sqrt(a)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def store_statistics(
+    count,
+    mean,
+    m2,
+    o_cell,
+    m_cell,
+    mean_ptr,
+    rstd_ptr,
+    var_ptr,
+    running_mean_ptr,  # or None: no running statistics
+    running_var_ptr,
+    tracked_ptr,  # num_batches_tracked, or None
+    eps,
+    eps_low,
+    momentum,
+    momentum_low,
+    ACC: tl.constexpr,
+):
+    var = divide(m2, count)
+    std = square_root(var + number(eps, eps_low, ACC))
+    rstd = divide(tl.full(std.shape, 1.0, ACC), std)
+    tl.store(mean_ptr + o_cell, mean, m_cell)
+    tl.store(rstd_ptr + o_cell, rstd, m_cell)
+    tl.store(var_ptr + o_cell, var, m_cell)
+    if running_mean_ptr is not None:
+        factor = number(momentum, momentum_low, ACC)
+        var = divide(m2, count - 1.0)
+        old_mean = tl.load(running_mean_ptr + o_cell, m_cell, 0.0)
+        old_var = tl.load(running_var_ptr + o_cell, m_cell, 0.0)
+        mean = (1.0 - factor) * old_mean + factor * mean
+        var = (1.0 - factor) * old_var + factor * var
+        tl.store(running_mean_ptr + o_cell, mean, m_cell)
+        tl.store(running_var_ptr + o_cell, var, m_cell)
+        if tracked_ptr is not None:
+            # Whoever has cell 0 counts; atomic, so that no warp reads what another has written.
+            first = tl.min(tl.where(m_cell, o_cell, 1)) == 0
+            tl.atomic_add(tracked_ptr, 1, mask=first, sem="relaxed")
+    return rstd
+
+
+@triton.jit
+def finish_moments(
+    partials_ptr,
+    planes,
+    first,  # cells first, first + jump, ...: ``many``
+    jump,
+    many,
+    mean_ptr,
+    rstd_ptr,
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    eps,
+    eps_low,
+    momentum,
+    momentum_low,
+    spatial,
+    group,
+    unit,
+    groups,
+    pieces,
+    splits,
+    ACC: tl.constexpr,
+    CELLS: tl.constexpr,
+    STEP: tl.constexpr,
+    REGULAR: tl.constexpr,
+):
+    base, _ = stretch(first, spatial, group, unit, groups, pieces, splits, REGULAR)
+    partials_ptr += base
+    planes = planes.to(tl.int64)
+    for chunk in range(0, many, CELLS):
+        o_number = chunk + tl.arange(0, CELLS)
+        m_cell = o_number < many
+        o_cell = first + o_number * jump
+        begin, end = stretch(o_cell, spatial, group, unit, groups, pieces, splits, REGULAR)
+        # Relative to the first cell, 32 bits do, and half of the registers.
+        begin = (begin - base).to(tl.int32)
+        end = tl.where(m_cell, (end - base).to(tl.int32), begin)
+        count = tl.zeros([CELLS], ACC)
+        mean = count
+        m2 = count
+        for i in range(0, tl.max(end - begin, 0), STEP):
+            o_partial = begin[:, None] + i + tl.arange(0, STEP)[None, :]
+            m_partial = o_partial < end[:, None]
+            lane_ptr = partials_ptr + o_partial
+            lane_count = tl.load(lane_ptr, m_partial, 0.0, cache_modifier=".cg")
+            lane_mean = tl.load(lane_ptr + planes, m_partial, 0.0, cache_modifier=".cg")
+            lane_m2 = tl.load(lane_ptr + 2 * planes, m_partial, 0.0, cache_modifier=".cg")
+            count, mean, m2 = chan(count, mean, m2, *merge_lanes(lane_count, lane_mean, lane_m2, 1))
+        count = tl.where(m_cell, count, 2.0)
+        store_statistics(
+            count, mean, m2, o_cell, m_cell, mean_ptr, rstd_ptr, var_ptr,
+            running_mean_ptr, running_var_ptr, tracked_ptr,
+            eps, eps_low, momentum, momentum_low, ACC,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_sums(
+    partials_ptr,  # (2, A*P*T): sum h, sum h*xhat
+    planes,
+    first,
+    jump,
+    many,
+    weight_ptr,  # or None
+    means_ptr,  # (2, K)
+    cells,
+    live,
+    live_low,
+    rows,
+    spatial,
+    group,
+    unit,
+    groups,
+    pieces,
+    splits,
+    ACC: tl.constexpr,
+    CELLS: tl.constexpr,
+    STEP: tl.constexpr,
+    REGULAR: tl.constexpr,
+):
+    factor = divide(number(live, live_low, ACC), (rows * group.to(tl.int64)).to(ACC))
+    base, _ = stretch(first, spatial, group, unit, groups, pieces, splits, REGULAR)
+    partials_ptr += base
+    # Pieces from the first of the first cell's sample set on.
+    before = (base - (first // groups).to(tl.int64) * pieces * splits).to(tl.int32)
+    planes = planes.to(tl.int64)
+    for chunk in range(0, many, CELLS):
+        o_number = chunk + tl.arange(0, CELLS)
+        m_cell = o_number < many
+        o_cell = first + o_number * jump
+        begin, end = stretch(o_cell, spatial, group, unit, groups, pieces, splits, REGULAR)
+        begin = (begin - base).to(tl.int32)
+        end = tl.where(m_cell, (end - base).to(tl.int32), begin)
+        sum_h = tl.zeros([CELLS, STEP], ACC)
+        sum_hx = tl.zeros([CELLS, STEP], ACC)
+        for i in range(0, tl.max(end - begin, 0), STEP):
+            o_partial = begin[:, None] + i + tl.arange(0, STEP)[None, :]
+            m_partial = o_partial < end[:, None]
+            piece = ((before + o_partial) // splits % pieces).to(tl.int64)
+            o_channel = piece_start(piece, spatial, group, unit, REGULAR) // spatial
+            weight = load_affine(weight_ptr, o_channel, m_partial, sum_h, 1.0)
+            lane_ptr = partials_ptr + o_partial
+            h = tl.load(lane_ptr, m_partial, 0.0, cache_modifier=".cg")
+            hx = tl.load(lane_ptr + planes, m_partial, 0.0, cache_modifier=".cg")
+            # A masked weight is undefined, and could be NaN.
+            sum_h += tl.where(m_partial, weight * h, 0.0)
+            sum_hx += tl.where(m_partial, weight * hx, 0.0)
+        tl.store(means_ptr + o_cell, tl.sum(sum_h, 1) * factor, m_cell)
+        tl.store(means_ptr + cells + o_cell, tl.sum(sum_hx, 1) * factor, m_cell)
+
+
+@triton.jit
+def finish_channels(
+    partials_ptr,
+    planes,
+    dweight_ptr,
+    dbias_ptr,
+    sets,
+    channels,
+    spatial,
+    group,
+    unit,
+    pieces,
+    splits,
+    ACC: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEP: tl.constexpr,
+    REGULAR: tl.constexpr,
+):
+    """The CHANNELS channels of this block, and of every grid's length after it."""
+    for chunk in range(tl.program_id(0) * CHANNELS, channels, tl.num_programs(0) * CHANNELS):
+        o_channel = chunk + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+        if REGULAR:
+            length = tl.full([CHANNELS], 1, tl.int32) * (pieces // channels * splits)
+            begin = o_channel.to(tl.int64) * length
+        else:
+            start = o_channel * spatial.to(tl.int64)
+            begin = piece_of(start, spatial, group, unit) * splits
+            length = piece_of(start + spatial, spatial, group, unit) * splits - begin
+        end = tl.where(m_channel, sets * length, 0)
+        sum_h = tl.zeros([CHANNELS, STEP], ACC)
+        sum_hx = tl.zeros([CHANNELS, STEP], ACC)
+        for i in range(0, tl.max(end, 0), STEP):
+            o_lane = i + tl.arange(0, STEP)[None, :]
+            m_partial = o_lane < end[:, None]
+            sample_set = o_lane // length[:, None]
+            within = begin[:, None] + (o_lane - sample_set * length[:, None])
+            lane_ptr = partials_ptr + (sample_set.to(tl.int64) * pieces * splits + within)
+            sum_h += tl.load(lane_ptr, m_partial, 0.0, cache_modifier=".cg")
+            sum_hx += tl.load(lane_ptr + planes, m_partial, 0.0, cache_modifier=".cg")
+        tl.store(dbias_ptr + o_channel, tl.sum(sum_h, 1), m_channel)
+        tl.store(dweight_ptr + o_channel, tl.sum(sum_hx, 1), m_channel)
+
+
+@triton.jit(do_not_specialize=["cells", *SIZES])
 def moments_combine_kernel(
     partials_ptr,  # (3, A*P*T): count, mean, M2
     mean_ptr,
     rstd_ptr,
     var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
     eps,
     eps_low,
+    momentum,
+    momentum_low,
+    cells,
     spatial,
     group,
     unit,
@@ -63,41 +286,27 @@ def moments_combine_kernel(
     splits,
     planes,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CELLS: tl.constexpr,
+    STEP: tl.constexpr,
+    REGULAR: tl.constexpr,
 ):
-    cell = tl.program_id(0)
-    sample_set = (cell // groups).to(tl.int64)
-    start = (cell % groups) * group.to(tl.int64)
-    begin = (sample_set * pieces + piece_of(start, spatial, group, unit)) * splits
-    end = (sample_set * pieces + piece_of(start + group, spatial, group, unit)) * splits
-    count = tl.zeros([], ACC)
-    mean = count
-    m2 = count
-    for first in range(begin, end, BLOCK):
-        o_partial = first + tl.arange(0, BLOCK)
-        m_partial = o_partial < end
-        lane_count = tl.load(partials_ptr + o_partial, m_partial, 0.0)
-        lane_mean = tl.load(partials_ptr + planes + o_partial, m_partial, 0.0)
-        lane_m2 = tl.load(partials_ptr + 2 * planes.to(tl.int64) + o_partial, m_partial, 0.0)
-        count, mean, m2 = chan(count, mean, m2, *merge_lanes(lane_count, lane_mean, lane_m2, 0))
-    var = divide(m2, count)
-    std = square_root(var + number(eps, eps_low, ACC))
-    tl.store(mean_ptr + cell, mean)
-    tl.store(rstd_ptr + cell, divide(tl.full([], 1.0, ACC), std))
-    tl.store(var_ptr + cell, var)
+    first = tl.program_id(0) * CELLS
+    finish_moments(
+        partials_ptr, planes, first, 1, tl.minimum(cells - first, CELLS),
+        mean_ptr, rstd_ptr, var_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+        eps, eps_low, momentum, momentum_low,
+        spatial, group, unit, groups, pieces, splits, ACC, CELLS, STEP, REGULAR,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["cells", "channels", "rows", *SIZES])
-def backward_combine_kernel(
-    partials_ptr,  # (2, A*P*T): sum h, sum h*xhat
-    weight_ptr,  # or None
-    means_ptr,  # (2, K)
-    dweight_ptr,
-    dbias_ptr,
+@triton.jit(do_not_specialize=["cells", "rows", *SIZES])
+def sums_combine_kernel(
+    partials_ptr,
+    weight_ptr,
+    means_ptr,
     live,
     live_low,
     cells,
-    channels,
     rows,
     spatial,
     group,
@@ -107,43 +316,16 @@ def backward_combine_kernel(
     splits,
     planes,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CELLS: tl.constexpr,
+    STEP: tl.constexpr,
     REGULAR: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    sum_h = tl.zeros([BLOCK], ACC)
-    sum_hx = tl.zeros([BLOCK], ACC)
-    if pid < cells:
-        base = (pid // groups).to(tl.int64) * pieces
-        start = (pid % groups) * group.to(tl.int64)
-        begin = (base + piece_of(start, spatial, group, unit)) * splits
-        end = (base + piece_of(start + group, spatial, group, unit)) * splits
-        for first in range(begin, end, BLOCK):
-            o_partial = first + tl.arange(0, BLOCK)
-            m_partial = o_partial < end
-            piece = o_partial // splits - base
-            o_channel = piece_start(piece, spatial, group, unit, REGULAR) // spatial
-            weight = load_affine(weight_ptr, o_channel, m_partial, sum_h, 1.0)
-            sum_h += weight * tl.load(partials_ptr + o_partial, m_partial, 0.0)
-            sum_hx += weight * tl.load(partials_ptr + planes + o_partial, m_partial, 0.0)
-        factor = divide(number(live, live_low, ACC), (rows * group.to(tl.int64)).to(ACC))
-        tl.store(means_ptr + pid, tl.sum(sum_h, 0) * factor)
-        tl.store(means_ptr + cells + pid, tl.sum(sum_hx, 0) * factor)
-    else:
-        channel = pid - cells
-        start = channel * spatial.to(tl.int64)
-        begin = piece_of(start, spatial, group, unit) * splits
-        length = piece_of(start + spatial, spatial, group, unit) * splits - begin
-        end = cells // groups * length
-        for first in range(0, end, BLOCK):
-            o_lane = first + tl.arange(0, BLOCK)
-            m_partial = o_lane < end
-            sample_set = o_lane // length
-            o_partial = begin + sample_set * pieces * splits + (o_lane - sample_set * length)
-            sum_h += tl.load(partials_ptr + o_partial, m_partial, 0.0)
-            sum_hx += tl.load(partials_ptr + planes + o_partial, m_partial, 0.0)
-        tl.store(dbias_ptr + channel, tl.sum(sum_h, 0))
-        tl.store(dweight_ptr + channel, tl.sum(sum_hx, 0))
+    first = tl.program_id(0) * CELLS
+    finish_sums(
+        partials_ptr, planes, first, 1, tl.minimum(cells - first, CELLS),
+        weight_ptr, means_ptr, cells, live, live_low, rows,
+        spatial, group, unit, groups, pieces, splits, ACC, CELLS, STEP, REGULAR,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "groups"])

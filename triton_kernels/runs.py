@@ -6,17 +6,18 @@
     backward_apply   dx = rstd*(w*h - m0 - xhat*m1)
                         = scale*h - shift - (x - mean)*slant             reads dy, x, writes dx
 
-each also reads residual where act needs z, and backward_apply then writes dresidual = h. With T
-the bytes of x that is 3T forward in two sweeps and 5T backward.
+each also reads residual (or the mask) where act needs z, and backward_apply then writes
+dresidual = h. With T the bytes of x that is 3T forward in two sweeps and 5T backward.
 
 A block owns (a, p, t): of sample set a and piece p, the t-th contiguous range of tiles, where a
 tile is BLOCK_ROWS samples x BLOCK_COLS elements of the run and tiles go down the samples first.
 So the lanes of a tile keep their columns for a while, and statistics stay one value a lane until
 the columns change. The other sweeps number the tiles in one loop: two nested ones make the
 compiler keep an address per element, tensor and loop, up to all 255 registers in scalar code.
-Every block writes its own partial, ((a*P + p)*T + t): no atomics, and the same bits every time.
-Offsets are 64-bit. STRIDED reads NHWC with a stride of C elements: the way for groups that
-straddle channels, correct and slow.
+Every block writes its own partial, ((a*P + p)*T + t), and the last one of a cell combines them
+(combine.py). The second sweeps go the other way, over the blocks and in each, and so begin with
+what the first ones have left in the L2 cache. Offsets are 64-bit. STRIDED reads NHWC with a stride
+of C elements: the way for groups that straddle channels, correct and slow.
 """
 
 from __future__ import annotations
@@ -24,36 +25,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pointwise import NONE, activate, activate_backward, load_affine, load_normalized, number
+from .combine import finish_channels, finish_moments, finish_sums, last
+from .indexing import multiple, piece_start, stretch
+from .pointwise import activate, load_affine, number, preactivation, store_mask, upstream
 from .welford import chan, merge_lanes, push
 
-SIZES = ["rows", "channels", "spatial", "group", "unit", "pieces", "splits"]
-
-
-@triton.jit
-def piece_start(piece, spatial, group, unit, REGULAR: tl.constexpr):
-    """First element of a piece; the derivation is in geometry.py."""
-    if REGULAR:
-        return piece * unit
-    else:
-        s = spatial // unit
-        g = group // unit
-        period = piece // (s + g - 1)
-        r = piece - period * (s + g - 1)
-        i = (r * g + s + g - 1) // (s + g)
-        j = (r * s + s + g - 1) // (s + g)
-        start = tl.where(i * (s + g) < (r + 1) * g, i * spatial, j * group)
-        return period * s * group + start
-
-
-@triton.jit
-def multiple(n, VEC: tl.constexpr):
-    """n, which the plan knows to be a multiple of VEC, in a form that the compiler sees as one."""
-    return n // VEC * VEC
+SIZES = ["rows", "channels", "spatial", "group", "unit", "groups", "pieces", "splits"]
 
 
 @triton.jit
 def locate(
+    pid,
     rows,
     channels,
     spatial,
@@ -71,9 +53,8 @@ def locate(
 
     Returns (base, jump, stride, length): element (row, col) of the piece is base + row*jump +
     col*stride, col < length; (channel, cell): where its parameters and statistics are;
-    (row_tiles, first, last): the tiles down the samples, and the block's range of tiles.
+    (row_tiles, begin, end): the tiles down the samples, and the block's range of tiles.
     """
-    pid = tl.program_id(0)
     t = pid % splits
     owner = pid // splits
     sample_set = (owner // pieces).to(tl.int64)
@@ -93,11 +74,11 @@ def locate(
         stride = 1
     row_tiles = tl.cdiv(rows, BLOCK_ROWS)
     tiles = row_tiles * tl.cdiv(length, BLOCK_COLS)
-    first = (tiles * t // splits).to(tl.int32)
-    last = (tiles * (t + 1) // splits).to(tl.int32)
+    begin = (tiles * t // splits).to(tl.int32)
+    end = (tiles * (t + 1) // splits).to(tl.int32)
     jump = multiple(sample, VEC)
     length = multiple(length, VEC)
-    return multiple(base, VEC), jump, stride, length, channel, cell, row_tiles, first, last
+    return multiple(base, VEC), jump, stride, length, channel, cell, row_tiles, begin, end
 
 
 @triton.jit
@@ -111,22 +92,46 @@ def tile(
     length,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STRIDED: tl.constexpr,
+    DIV: tl.constexpr,
 ):
-    """(offsets, mask) of one tile's elements; row and col are 64-bit."""
-    o_row = row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    o_col = col * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    return base + o_row * jump + o_col * stride, (o_row < rows) & (o_col < length)
+    """(at, offsets, mask) of one tile's elements, or of its runs of DIV; row and col are 64-bit.
+
+    Offsets from ``at`` have 32 bits where a tile is one row of neighbours.
+    """
+    o_row = tl.arange(0, BLOCK_ROWS)[:, None]
+    o_col = tl.arange(0, BLOCK_COLS // DIV)[None, :]
+    top = row * BLOCK_ROWS
+    left = col * (BLOCK_COLS // DIV)
+    mask = (o_row < rows - top) & (o_col < length // DIV - left)
+    at = base // DIV + top * (jump // DIV) + left * stride
+    if BLOCK_ROWS == 1 and not STRIDED:
+        return at, o_row + o_col, mask
+    else:
+        return at, o_row * (jump // DIV) + o_col * stride, mask
 
 
 @triton.jit(do_not_specialize=[*SIZES, "planes"])
 def moments_runs_kernel(
     x_ptr,
     partials_ptr,  # (3, A*P*T): count, mean, M2
+    counters_ptr,  # a zero for each cell, or None: the partials are combined elsewhere
+    mean_ptr,
+    rstd_ptr,
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    eps,
+    eps_low,
+    momentum,
+    momentum_low,
     rows,
     channels,
     spatial,
     group,
     unit,
+    groups,
     pieces,
     splits,
     planes,
@@ -136,36 +141,49 @@ def moments_runs_kernel(
     VEC: tl.constexpr,
     REGULAR: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    base, jump, stride, length, channel, cell, row_tiles, first, last = locate(
-        rows, channels, spatial, group, unit, pieces, splits,
+    pid = tl.program_id(0)
+    base, jump, stride, length, channel, cell, row_tiles, first, end = locate(
+        pid, rows, channels, spatial, group, unit, pieces, splits,
         BLOCK_ROWS, BLOCK_COLS, VEC, REGULAR, STRIDED,
     )  # fmt: skip
     count = tl.zeros([], ACC)
     mean = count
     m2 = count
     first = first.to(tl.int64)
-    last = last.to(tl.int64)
-    for col in range(first // row_tiles, tl.cdiv(last, row_tiles)):
-        begin = tl.maximum(first - col * row_tiles, 0)
-        end = tl.minimum(last - col * row_tiles, row_tiles)
+    end = end.to(tl.int64)
+    for col in range(first // row_tiles, tl.cdiv(end, row_tiles)):
+        top = tl.maximum(first - col * row_tiles, 0)
+        bottom = tl.minimum(end - col * row_tiles, row_tiles)
         lane_mean = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
         lane_m2 = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
-        for row in range(begin, end):
-            o_x, m_x = tile(row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS)
-            x = tl.load(x_ptr + o_x, m_x, 0.0).to(ACC)
-            lane_mean, lane_m2 = push(lane_mean, lane_m2, x, m_x, 1.0 / (row - begin + 1).to(ACC))
+        for row in range(top, bottom):
+            at, o_x, m_x = tile(
+                row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, 1
+            )
+            x = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC)
+            lane_mean, lane_m2 = push(lane_mean, lane_m2, x, m_x, 1.0 / (row - top + 1).to(ACC))
         # A lane met every row tile of the range but those that end above it.
         o_row = tl.arange(0, BLOCK_ROWS)[:, None]
         o_col = tl.arange(0, BLOCK_COLS)[None, :]
-        met = tl.minimum(tl.cdiv(rows - o_row, BLOCK_ROWS), end) - begin
+        met = tl.minimum(tl.cdiv(rows - o_row, BLOCK_ROWS), bottom) - top
         m_col = o_col < length - col * BLOCK_COLS
         met = tl.where(m_col, tl.maximum(met, 0), 0).to(ACC)
         count, mean, m2 = chan(count, mean, m2, *merge_lanes(met, lane_mean, lane_m2, None))
-    partial_ptr = partials_ptr + tl.program_id(0)
+    partial_ptr = partials_ptr + pid
     tl.store(partial_ptr, count)
     tl.store(partial_ptr + planes, mean)
     tl.store(partial_ptr + 2 * planes.to(tl.int64), m2)
+    if counters_ptr is not None:
+        begin, stop = stretch(cell, spatial, group, unit, groups, pieces, splits, REGULAR)
+        if last(counters_ptr + cell, stop - begin):
+            finish_moments(
+                partials_ptr, planes, cell, 1, 1,
+                mean_ptr, rstd_ptr, var_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+                eps, eps_low, momentum, momentum_low,
+                spatial, group, unit, groups, pieces, splits, ACC, 1, STEP, REGULAR,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -173,6 +191,7 @@ def apply_runs_kernel(
     x_ptr,
     y_ptr,
     residual_ptr,  # or None
+    mask_ptr,  # or None; W divides VEC if given
     mean_ptr,
     rstd_ptr,
     weight_ptr,  # or None
@@ -184,101 +203,151 @@ def apply_runs_kernel(
     spatial,
     group,
     unit,
+    groups,
     pieces,
     splits,
     ACC: tl.constexpr,
     ACT: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     VEC: tl.constexpr,
     REGULAR: tl.constexpr,
     STRIDED: tl.constexpr,
 ):
-    base, jump, stride, length, channel, cell, row_tiles, first, last = locate(
-        rows, channels, spatial, group, unit, pieces, splits,
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    base, jump, stride, length, channel, cell, row_tiles, first, end = locate(
+        pid, rows, channels, spatial, group, unit, pieces, splits,
         BLOCK_ROWS, BLOCK_COLS, VEC, REGULAR, STRIDED,
     )  # fmt: skip
     slope = number(slope, slope_low, ACC)
     mean = tl.load(mean_ptr + cell)
     rstd = tl.load(rstd_ptr + cell)
-    weight = load_affine(weight_ptr, channel, None, rstd, 1.0)
+    scale = rstd * load_affine(weight_ptr, channel, None, rstd, 1.0)
     bias = load_affine(bias_ptr, channel, None, rstd, 0.0)
-    scale = rstd * weight
-    for i in range(first, last):
+    for back in range(first, end):
+        i = first + end - 1 - back
         row, col = (i % row_tiles).to(tl.int64), (i // row_tiles).to(tl.int64)
-        o_x, m_x = tile(row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS)
-        _, z = load_normalized(x_ptr, residual_ptr, o_x, m_x, mean, scale, bias, ACC, NEEDED=True)
-        tl.store(y_ptr + o_x, activate(z, slope, ACT), m_x)
+        at, o_x, m_x = tile(
+            row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, 1
+        )
+        x = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_first").to(ACC)
+        z = preactivation(x - mean, residual_ptr, at, o_x, m_x, scale, bias, "evict_first")
+        y = activate(z, slope, ACT).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at + o_x, y, m_x, cache_modifier=".cs")
+        if mask_ptr is not None:
+            byte_at, o_byte, m_byte = tile(
+                row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, W
+            )
+            store_mask(mask_ptr, byte_at, o_byte, m_byte, y, W)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "planes"])
+@triton.jit(do_not_specialize=[*SIZES, "planes", "cells"])
 def backward_reduce_runs_kernel(
     dy_ptr,
     x_ptr,
     residual_ptr,  # or None
+    mask_ptr,  # or None
     mean_ptr,
     rstd_ptr,
     weight_ptr,  # or None
     bias_ptr,  # or None
     partials_ptr,  # (2, A*P*T): sum h, sum h*xhat
+    counters_ptr,  # a zero for each cell, or None: the partials are combined elsewhere
+    means_ptr,  # (2, K): m0, m1
     slope,
     slope_low,
+    live,
+    live_low,
     rows,
     channels,
     spatial,
     group,
     unit,
+    groups,
     pieces,
     splits,
     planes,
+    cells,
     ACC: tl.constexpr,
     ACT: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     VEC: tl.constexpr,
     REGULAR: tl.constexpr,
     STRIDED: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    base, jump, stride, length, channel, cell, row_tiles, first, last = locate(
-        rows, channels, spatial, group, unit, pieces, splits,
+    pid = tl.program_id(0)
+    base, jump, stride, length, channel, cell, row_tiles, first, end = locate(
+        pid, rows, channels, spatial, group, unit, pieces, splits,
         BLOCK_ROWS, BLOCK_COLS, VEC, REGULAR, STRIDED,
     )  # fmt: skip
     slope = number(slope, slope_low, ACC)
     mean = tl.load(mean_ptr + cell)
     rstd = tl.load(rstd_ptr + cell)
-    weight = load_affine(weight_ptr, channel, None, rstd, 1.0)
+    scale = rstd * load_affine(weight_ptr, channel, None, rstd, 1.0)
     bias = load_affine(bias_ptr, channel, None, rstd, 0.0)
-    scale = rstd * weight
+    PACKED: tl.constexpr = VEC == W
     sum_h = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
     sum_hx = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
-    for i in range(first, last):
+    for i in range(first, end):
         row, col = (i % row_tiles).to(tl.int64), (i // row_tiles).to(tl.int64)
-        o_x, m_x = tile(row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS)
-        centred, z = load_normalized(
-            x_ptr, residual_ptr, o_x, m_x, mean, scale, bias, ACC, NEEDED=ACT != NONE
+        at, o_x, m_x = tile(
+            row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, 1
         )
-        dy = tl.load(dy_ptr + o_x, m_x, 0.0).to(ACC)
-        h = activate_backward(dy, z, slope, ACT)
+        byte_at, o_byte, m_byte = tile(
+            row,
+            col,
+            base,
+            jump,
+            stride,
+            rows,
+            length,
+            BLOCK_ROWS,
+            BLOCK_COLS,
+            STRIDED,
+            W if PACKED else 1,
+        )
+        dy = tl.load(dy_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC)
+        centred = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC) - mean
+        h = upstream(
+            dy, centred, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
+            scale, bias, slope,
+            ACT, W, PACKED, "evict_last",
+        )  # fmt: skip
         h = tl.where(m_x, h, 0.0)
         sum_h += h
         sum_hx += tl.where(m_x, h * (centred * rstd), 0.0)
-    partial_ptr = partials_ptr + tl.program_id(0)
+    partial_ptr = partials_ptr + pid
     tl.store(partial_ptr, tl.sum(sum_h))
     tl.store(partial_ptr + planes, tl.sum(sum_hx))
+    if counters_ptr is not None:
+        begin, stop = stretch(cell, spatial, group, unit, groups, pieces, splits, REGULAR)
+        if last(counters_ptr + cell, stop - begin):
+            finish_sums(
+                partials_ptr, planes, cell, 1, 1, weight_ptr, means_ptr, cells, live, live_low,
+                rows, spatial, group, unit, groups, pieces, splits, ACC, 1, STEP, REGULAR,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*SIZES, "cells"])
+@triton.jit(do_not_specialize=[*SIZES, "planes", "cells", "sets", "part_splits"])
 def backward_apply_runs_kernel(
     dy_ptr,
     x_ptr,
     residual_ptr,  # or None
+    mask_ptr,  # or None
     dx_ptr,
     dresidual_ptr,  # or None
     mean_ptr,
     rstd_ptr,
     weight_ptr,  # or None
     bias_ptr,  # or None
+    partials_ptr,
     means_ptr,  # (2, K): m0, m1; read if LIVE
+    dweight_ptr,
+    dbias_ptr,
     slope,
     slope_low,
     rows,
@@ -286,41 +355,71 @@ def backward_apply_runs_kernel(
     spatial,
     group,
     unit,
+    groups,
     pieces,
     splits,
+    planes,
     cells,
+    sets,
+    part_splits,
     ACC: tl.constexpr,
     ACT: tl.constexpr,
+    W: tl.constexpr,
     LIVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     VEC: tl.constexpr,
     REGULAR: tl.constexpr,
     STRIDED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    base, jump, stride, length, channel, cell, row_tiles, first, last = locate(
-        rows, channels, spatial, group, unit, pieces, splits,
+    finish_channels(
+        partials_ptr, planes, dweight_ptr, dbias_ptr,
+        sets, channels, spatial, group, unit, pieces, part_splits, ACC, CHANNELS, STEP, REGULAR,
+    )  # fmt: skip
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    base, jump, stride, length, channel, cell, row_tiles, first, end = locate(
+        pid, rows, channels, spatial, group, unit, pieces, splits,
         BLOCK_ROWS, BLOCK_COLS, VEC, REGULAR, STRIDED,
     )  # fmt: skip
     slope = number(slope, slope_low, ACC)
     mean = tl.load(mean_ptr + cell)
     rstd = tl.load(rstd_ptr + cell)
-    weight = load_affine(weight_ptr, channel, None, rstd, 1.0)
+    scale = rstd * load_affine(weight_ptr, channel, None, rstd, 1.0)
     bias = load_affine(bias_ptr, channel, None, rstd, 0.0)
-    scale = rstd * weight
     shift = rstd * tl.load(means_ptr + cell)
     slant = rstd * rstd * tl.load(means_ptr + cells + cell)
-    for i in range(first, last):
+    PACKED: tl.constexpr = VEC == W
+    for back in range(first, end):
+        i = first + end - 1 - back
         row, col = (i % row_tiles).to(tl.int64), (i // row_tiles).to(tl.int64)
-        o_x, m_x = tile(row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS)
-        centred, z = load_normalized(
-            x_ptr, residual_ptr, o_x, m_x, mean, scale, bias, ACC, NEEDED=ACT != NONE
+        at, o_x, m_x = tile(
+            row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, 1
         )
-        dy = tl.load(dy_ptr + o_x, m_x, 0.0).to(ACC)
-        h = activate_backward(dy, z, slope, ACT)
+        byte_at, o_byte, m_byte = tile(
+            row,
+            col,
+            base,
+            jump,
+            stride,
+            rows,
+            length,
+            BLOCK_ROWS,
+            BLOCK_COLS,
+            STRIDED,
+            W if PACKED else 1,
+        )
+        dy = tl.load(dy_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_first").to(ACC)
+        centred = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_first").to(ACC) - mean
+        h = upstream(
+            dy, centred, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
+            scale, bias, slope,
+            ACT, W, PACKED, "evict_first",
+        )  # fmt: skip
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + o_x, h, m_x)
+            tl.store(dresidual_ptr + at + o_x, h, m_x, cache_modifier=".cs")
         dx = scale * h
         if LIVE:
             dx -= shift + centred * slant
-        tl.store(dx_ptr + o_x, dx, m_x)
+        tl.store(dx_ptr + at + o_x, dx, m_x, cache_modifier=".cs")

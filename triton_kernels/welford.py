@@ -27,13 +27,20 @@ def push(mean, m2, x, m_x, weight):
 
 
 @triton.jit
+def minus(values, merged, AXIS: tl.constexpr):
+    """values - merged, which the reduction over AXIS made of them."""
+    return values - (merged[:, None] if AXIS == 1 else merged)
+
+
+@triton.jit
 def merge_lanes(count, mean, m2, AXIS: tl.constexpr):
-    """AXIS 0, or None for all lanes. Lane means of about 1e4 sigma need the corrected mean."""
+    """AXIS 0 or 1, or None for all lanes. Means of 1e4 sigma need the corrected mean."""
     total = tl.sum(count, AXIS)
-    weight = count / tl.maximum(total, 1.0)
+    divisor = tl.maximum(total, 1.0)
+    weight = count / (divisor[:, None] if AXIS == 1 else divisor)
     guess = tl.sum(weight * mean, AXIS)
-    merged = guess + tl.sum(weight * (mean - guess), AXIS)
-    delta = mean - merged
+    merged = guess + tl.sum(weight * minus(mean, guess, AXIS), AXIS)
+    delta = minus(mean, merged, AXIS)
     # (count*delta)*delta: an empty lane stays 0 even where delta^2 overflows.
     return total, merged, tl.sum(m2 + count * delta * delta, AXIS)
 
