@@ -24,7 +24,8 @@ test: env
 
 bench: env
 	$(RUN) tools/native.py python/fusednorm
-	$(RUN) -m fusednorm.bench run
+	$(RUN) -m fusednorm.bench run --out out/bench.json --save
+	$(RUN) -m pytest -q bench
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "gpu-check: say where to: make gpu-check OUT=dir"; exit 2; }
@@ -54,6 +55,7 @@ lint: env
 	$(if $(SOURCES),$(BIN)/clang-format --dry-run -Werror $(SOURCES))
 
 pytest: env
+	@$(RUN) tools/chromium.py
 	$(PYTEST) -n $(JOBS) --ignore=tests/gpu tests
 	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(PYTEST) tests/gpu; \

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
+import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,25 @@ def commit() -> str | None:
     return _output(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
+def sources() -> str:
+    """Tells one state of the installed code from another, commit or no commit."""
+    digest = hashlib.sha256()
+    package = Path(fusednorm.__file__).parent
+    # In an editable installation these two lie elsewhere.
+    for folder in (package, Path(__file__).parent, *_triton_kernels()):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".py", ".so"):
+                digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _triton_kernels() -> list[Path]:
+    import importlib.util
+
+    found = importlib.util.find_spec("fusednorm.triton_kernels")
+    return [Path(p) for p in found.submodule_search_locations or ()] if found else []
+
+
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -49,11 +73,66 @@ def _triton() -> str | None:
     return version
 
 
-def header(device: str, copy_gb_per_s: float, commit_name: str | None = None) -> dict[str, Any]:
-    """GPU or CPU, software, clocks, commit and the copy bandwidth measured in this run."""
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def slug(header: dict[str, Any]) -> str:
+    """The folder of bench/results that a machine's figures go to.
+
+    The device's name in lower case, all but letters and digits made one hyphen: "NVIDIA H200" is
+    nvidia-h200. A CPU's has its threads behind it, since they are half of what it is.
+    """
+    name = (
+        header["device"] if _on_gpu(header) else f"{header['device']} {header['threads']} threads"
+    )
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _on_gpu(header: dict[str, Any]) -> bool:
+    return header.get("l2_bytes") is not None
+
+
+@contextlib.contextmanager
+def pinned(threads: int | None = None) -> Iterator[list[int] | None]:
+    """Runs on so many CPU threads (as many as torch has now), kept on as many cores.
+
+    The last of the cores that this process may use, since interrupts like the first; yields which.
+    Yields None where the system cannot pin.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        yield None
+        torch.set_num_threads(before)
+        return
+    cores = sorted(allowed)[-torch.get_num_threads() :]
+    try:
+        _keep_on(cores)
+        yield cores
+    finally:
+        _keep_on(sorted(allowed))
+        torch.set_num_threads(before)
+
+
+def _keep_on(cores: list[int]) -> None:
+    """Also for the threads that are there already: a new mask is inherited by new ones only."""
+    for task in Path("/proc/self/task").glob("*"):
+        # A thread may end in between.
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), cores)
+
+
+def header(
+    device: str, commit_name: str | None = None, cpus: list[int] | None = None
+) -> dict[str, Any]:
+    """GPU or CPU, software, clocks and commit; `cpus` are those that the threads are kept on."""
     facts: dict[str, Any] = {
         "device": _cpu(),
         "threads": torch.get_num_threads(),
+        "cpus": cpus,
         "driver": None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -78,6 +157,5 @@ def header(device: str, copy_gb_per_s: float, commit_name: str | None = None) ->
         "python": platform.python_version(),
         "fusednorm": getattr(fusednorm, "__version__", None),
         "commit": commit_name or commit(),
-        "copy_gb_per_s": copy_gb_per_s,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "sources": sources(),
     }

@@ -1,27 +1,32 @@
-"""Rows to read: a table for the terminal, the same in Markdown, and one picture."""
+"""Rows to read: a table for the terminal, the same in Markdown, and the README's block."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .registry import DTYPES, title
-from .run import Row
+from .picture import plot
+from .results import load
+from .views import (
+    PEER_TITLE,
+    Compared,
+    Row,
+    case_title,
+    compare_rows,
+    is_step,
+    machine_line,
+    peer_provider,
+    reason,
+    tallies,
+    timed,
+)
 
-# Okabe and Ito's colours, told apart by every common form of colour blindness; the markers differ
-# as well, for print.
-STYLE = {
-    "cuda": ("#0072B2", "o"),
-    "triton": ("#009E73", "s"),
-    "reference": ("#56B4E9", "o"),
-    "cudnn": ("#D55E00", "^"),
-    "native": ("#E69F00", "v"),
-    "compile": ("#CC79A7", "D"),
-    "eager": ("#666666", "x"),
-}
+__all__ = ["cells", "load", "machine_line", "markdown", "plot", "show", "table", "write_readme"]
+
 COLUMNS = (
     "op",
     "provider",
@@ -29,111 +34,174 @@ COLUMNS = (
     "p10-p90",
     "GB/s",
     "% copy",
-    "x torch",
+    "images/s",
+    "peak MB",
+    "speed-up",
     "nodes",
     "error",
     "torch's",
 )
-GROUP = ("direction", "shape", "dtype", "layout", "act", "residual")
+BLOCK = re.compile(r"<!-- benchmark (\S+) -->\n(.*?)<!-- /benchmark -->", re.S)
+PICTURES = ("docs/benchmark.png", "docs/benchmark-dark.png")
 
 
-def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Header and rows of a results file."""
-    try:
-        found = json.loads(path.read_text())
-        return found["header"], found["rows"]
-    except (ValueError, KeyError, TypeError) as exception:
-        raise ValueError(f"{path} is not a results file: {exception}") from exception
+def _shown(form: str, value: float | None) -> str:
+    return "" if value is None else format(value, form)
 
 
-def _group(row: Row) -> tuple[Any, ...]:
-    return tuple(str(row[name]) for name in GROUP)
+def _speed(value: float | None) -> str:
+    return _shown(".3g" if value is not None and value < 100 else ".0f", value)
 
 
-def _title(row: Row) -> str:
-    return title(*(row[name] for name in GROUP))
-
-
-def peer_times(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
-    """For each group, the time of the batch norm a PyTorch user has there: cuDNN's or native."""
-    times: dict[tuple[Any, ...], float] = {}
-    for provider in ("native", "cudnn"):
-        for row in rows:
-            named = row["op"] == "batch_norm" and row["provider"] == provider
-            if named and row["ms_median"] is not None:
-                key = _group(row)
-                times[key] = min(times.get(key, float("inf")), row["ms_median"])
-    return times
-
-
-def cells(row: Row, peers: dict[tuple[Any, ...], float]) -> list[str]:
+def cells(row: Row, compared: Compared) -> list[str]:
     """A row as text; one without a time says why in place of its numbers."""
     head = [row["op"], row["provider"]]
-    if row["ms_median"] is None:
-        return [*head, row.get("error", "no time"), *[""] * (len(COLUMNS) - 3)]
-    peer = peers.get(_group(row))
+    if not timed(row):
+        return [*head, reason(row), *[""] * (len(COLUMNS) - 3)]
+    peak = row.get("peak_bytes")
     return [
         *head,
         f"{row['ms_median']:.4g}",
         f"{row['ms_p10']:.4g}-{row['ms_p90']:.4g}",
-        f"{row['gb_per_s']:.0f}",
-        f"{row['pct_copy']:.0f}",
-        "" if peer is None else f"{row['ms_median'] / peer:.2f}",
-        "" if row["nodes"] is None else str(row["nodes"]),
-        f"{row['max_err']:.0e}",
-        f"{row['ref_err']:.0e}",
+        _speed(row.get("gb_per_s")),
+        _speed(row.get("pct_copy")),
+        _shown(".4g", row.get("images_per_s")),
+        _shown(".4g", None if peak is None else peak / 1e6),
+        _shown(".2f", compared.speedup),
+        _shown("d", row.get("nodes")),
+        _shown(".0e", row.get("max_err")),
+        _shown(".0e", row.get("ref_err")),
     ]
 
 
-def machine_line(header: dict[str, Any]) -> str:
-    """The header in one line."""
-    words = [header["device"]]
-    if header["cuda"] is None or header["driver"] is None:
-        words.append(f"{header['threads']} threads")
-    for name in ("driver", "cuda", "torch", "triton", "cudnn", "commit"):
-        if header[name] is not None:
-            words.append(f"{name} {header[name]}")
-    return ", ".join([*words, f"copy {header['copy_gb_per_s']:.0f} GB/s"])
+def _peer_line(rows: Sequence[Row]) -> str:
+    peer = peer_provider(rows)
+    if peer is None:
+        return "No batch norm of cuDNN's or PyTorch's was timed: no speed-ups."
+    return f"Speed-ups are over {PEER_TITLE[peer]} on the same case, above 1 is faster."
 
 
-def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_title(row), []).append(row)
-    return groups
+def _grouped(rows: Sequence[Row]) -> list[tuple[str, list[tuple[Row, list[str]]], list[str]]]:
+    """Title, rows with their cells, and the columns that say something, group by group."""
+    groups: dict[str, list[tuple[Row, list[str]]]] = {}
+    for row, compared in zip(rows, compare_rows(rows), strict=True):
+        name = ("step, " if is_step(row) else "") + case_title(row)
+        groups.setdefault(name, []).append((row, cells(row, compared)))
+    found = []
+    for name, members in groups.items():
+        filled = [
+            any(line[i] for row, line in members if timed(row)) for i in range(2, len(COLUMNS))
+        ]
+        kept = [True, True, True, *filled[1:]]
+        columns = [column for column, keep in zip(COLUMNS, kept, strict=True) if keep]
+        lines = [
+            (row, [cell for cell, keep in zip(line, kept, strict=True) if keep])
+            for row, line in members
+        ]
+        found.append((name, lines, columns))
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
     """Groups of aligned plain text, fit for any terminal and any log."""
-    peers, text = peer_times(rows), []
-    for name, members in _grouped(rows).items():
-        lines = [list(COLUMNS), *(cells(row, peers) for row in members)]
+    text = [_peer_line(rows), ""]
+    for name, members, columns in _grouped(rows):
         # A reason is as long as it is; it must not widen the columns of numbers.
-        complete = [line for line in lines if line[-1]]
-        widths = [max(len(line[i]) for line in lines) for i in range(2)]
-        widths += [max(len(line[i]) for line in complete) for i in range(2, len(COLUMNS))]
+        measured = [columns, *(line for row, line in members if timed(row))]
+        widths = [max(len(line[i]) for line in [columns, *(m for _, m in members)]) for i in (0, 1)]
+        widths += [max(len(line[i]) for line in measured) for i in range(2, len(columns))]
         text.append(name)
-        for line in lines:
+        for row, line in [(None, columns), *members]:
             padded = [
                 cell.ljust(width) if column < 2 else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ]
-            shown = padded if line[-1] else [*padded[:2], line[2]]
+            shown = padded if row is None or timed(row) else [*padded[:2], line[2]]
             text.append("  " + "  ".join(shown).rstrip())
         text.append("")
     return "\n".join(text)
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _tally_table(rows: Sequence[Row]) -> list[str]:
+    """Wins and losses of this package's own, worst before best."""
+    found = tallies(rows)
+    if not found:
+        return ["No row of this package's own."]
+
+    def extreme(entry: tuple[float, Row] | None) -> str:
+        return "" if entry is None else f"{entry[0]:.2f}x: {case_title(entry[1])}"
+
+    text = ["| op | provider | cases | faster | within spread | slower | no time | worst | best |"]
+    text.append("|---|---|" + "---:|" * 5 + "---|---|")
+    for tally in found:
+        numbers = [tally.compared, *tally.verdicts.values(), tally.untimed]
+        words = [tally.op, tally.provider, *map(str, numbers)]
+        words += [extreme(tally.worst), extreme(tally.best)]
+        text.append("| " + " | ".join(map(_cell, words)) + " |")
+    return text
+
+
 def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The same rows for a README, under the machine they were measured on."""
-    peers = peer_times(rows)
-    text = [machine_line(header), ""]
-    for name, members in _grouped(rows).items():
-        text += [f"**{name}**", "", "| " + " | ".join(COLUMNS) + " |"]
-        text.append("|---|---|" + "---:|" * (len(COLUMNS) - 2))
-        text += ["| " + " | ".join(cells(row, peers)) + " |" for row in members]
+    """All rows in Markdown, under the machine they were measured on and the sum of the cases."""
+    text = [machine_line(header), "", _peer_line(rows), "", *_tally_table(rows), ""]
+    for name, members, columns in _grouped(rows):
+        text += [f"**{name}**", "", "| " + " | ".join(columns) + " |"]
+        text.append("|---|---|" + "---:|" * (len(columns) - 2))
+        text += ["| " + " | ".join(map(_cell, line)) + " |" for _, line in members]
         text.append("")
     return "\n".join(text)
+
+
+def digest(header: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Tells one results file from another; the README's pictures carry it."""
+    content = json.dumps([header, rows], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def readme_block(named: str, header: dict[str, Any], rows: Sequence[Row]) -> str:
+    """What stands between the README's markers for the results file of that name."""
+    picture, dark = PICTURES
+    untimed = sum(not timed(row) for row in rows)
+    peer = peer_provider(rows)
+    over = "" if peer is None else f" over {PEER_TITLE[peer]}"
+    text = [
+        f"Measured on {machine_line(header)}; {str(header.get('started', ''))[:10]}.",
+        "",
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">',
+        f'<img alt="speed against tensor size, and speed-up{over}, case by case" src="{picture}">',
+        "</picture>",
+        "",
+        f"{_peer_line(rows)} Faster and slower are told where the spreads from p10 to p90 do not",
+        f"overlap. {len(rows)} rows, {untimed} of them without a time (refused or failed), all in",
+        f"[{named}]({named}).",
+        "",
+        *_tally_table(rows),
+    ]
+    return "\n".join(text)
+
+
+def write_readme(readme: Path, results: Path) -> None:
+    """Fills the README's benchmark block and draws its pictures from a results file.
+
+    Raises ValueError where the README has no such block or the file lies outside its folder.
+    """
+    text, home = readme.read_text(encoding="utf-8"), readme.resolve().parent
+    if not BLOCK.search(text):
+        raise ValueError(f"{readme} has no <!-- benchmark FILE --> ... <!-- /benchmark --> block")
+    if not results.resolve().is_relative_to(home):
+        raise ValueError(f"{results} lies outside {home}: a README can only name a file beside it")
+    named = results.resolve().relative_to(home).as_posix()
+    header, rows = load(results)
+    for dark, picture in enumerate(PICTURES):
+        (home / picture).parent.mkdir(exist_ok=True)
+        plot(header, rows, home / picture, dark=bool(dark), stamp=digest(header, rows))
+    block = readme_block(named, header, rows)
+    filled = f"<!-- benchmark {named} -->\n{block}\n<!-- /benchmark -->"
+    readme.write_text(BLOCK.sub(lambda _: filled, text), encoding="utf-8")
 
 
 def show(header: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -148,62 +216,18 @@ def show(header: dict[str, Any], rows: Sequence[Row]) -> None:
     if console is None or not console.is_terminal or console.width < 110:
         print(machine_line(header), "", table(rows), sep="\n")
         return
-    peers = peer_times(rows)
     console.print(machine_line(header), style="dim", highlight=False)
-    for name, members in _grouped(rows).items():
+    console.print(_peer_line(rows), style="dim", highlight=False)
+    for name, members, columns in _grouped(rows):
         grid = Table(title=name, title_justify="left", box=None, header_style="bold")
-        for index, column in enumerate(COLUMNS):
+        for index, column in enumerate(columns):
             grid.add_column(column, justify="left" if index < 2 else "right", no_wrap=index < 2)
         reasons = []
-        for row in members:
-            line = cells(row, peers)
-            if row["ms_median"] is None:
+        for row, line in members:
+            if not timed(row):
                 reasons.append(f"  {line[0]} {line[1]}: {line[2]}")
-                line[2] = "-"
+                line = [*line[:2], "-", *line[3:]]
             grid.add_row(*line)
         console.print(grid)
-        for reason in reasons:
-            console.print(reason, style="red", highlight=False, markup=False)
-
-
-def plot(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
-    """Speed against tensor size, one panel a direction, the copy line as the roof."""
-    from matplotlib.figure import Figure
-
-    timed = [row for row in rows if row["ms_median"] is not None]
-    directions = [
-        d for d in ("forward", "backward", "both") if any(r["direction"] == d for r in timed)
-    ]
-    if not timed:
-        raise ValueError("no row has a time, nothing to draw")
-    figure = Figure(figsize=(5 * len(directions) + 1.5, 4.6), layout="constrained")
-    axes = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
-    roof = header["copy_gb_per_s"]
-    for axis, direction in zip(axes, directions, strict=False):
-        for provider, (colour, marker) in STYLE.items():
-            mine = [r for r in timed if r["direction"] == direction and r["provider"] == provider]
-            for layout, face in (("nchw", colour), ("nhwc", "white")):
-                some = [r for r in mine if r["layout"] == layout]
-                axis.scatter(
-                    [math.prod(r["shape"]) * DTYPES[r["dtype"]].itemsize / 1e6 for r in some],
-                    [r["gb_per_s"] for r in some],
-                    facecolors=colour if marker == "x" else face,
-                    **({} if marker == "x" else {"edgecolors": colour}),
-                    marker=marker,
-                    s=36,
-                    alpha=0.9,
-                )
-        axis.axhline(roof, color="black", linewidth=1, linestyle="--")
-        axis.annotate(
-            "copy", (0.01, roof), xycoords=("axes fraction", "data"), va="bottom", fontsize=9
-        )
-        axis.set(xscale="log", yscale="log", title=direction, xlabel="tensor, MB")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("GB/s of unavoidable bytes")
-    shown = [name for name in STYLE if any(row["provider"] == name for row in timed)]
-    for name in shown:
-        axes[-1].scatter([], [], color=STYLE[name][0], marker=STYLE[name][1], label=name)
-    axes[-1].scatter([], [], facecolors="white", edgecolors="black", label="hollow: channels last")
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.suptitle(machine_line(header), fontsize=8, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+        for why in reasons:
+            console.print(why, style="red", highlight=False, markup=False)

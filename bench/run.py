@@ -6,29 +6,32 @@ operands and are timed in turns, which is what makes their ratio worth reading.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import gate, machine, operands, timing
-from .registry import OPS, PROVIDERS, Case, Op, Provider, min_bytes, title
+from . import gate, machine, observe, operands, papers, plain, timing
+from .operands import Operands
+from .providers import PROVIDERS, Provider
+from .registry import OPS, Case, Op, min_bytes, title
+from .results import FIELDS, Job, Log, Row
 from .shapes import Shape
 
-Row = dict[str, Any]
-# fmt: off
-FIELDS = (
-    "op", "provider", "direction", "shape", "dtype", "layout", "act", "residual", "graph", "cold",
-    "ms_p10", "ms_median", "ms_p90", "min_bytes", "gb_per_s", "pct_copy", "nodes", "kernels",
-    "max_err", "ref_err",
-)
-# fmt: on
+__all__ = ["FIELDS", "Plan", "jobs", "measure", "run", "usable"]
+
+Say = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Plan:
     directions: Sequence[str] = ("forward", "backward", "both")
     fusions: Sequence[tuple[str | None, bool]] = ((None, False),)
     device: str = "cpu"
-    graph: bool = True
+    # On a GPU: replayed from a graph, launched by the host; operands cold and warm in L2.
+    graphs: Sequence[bool] = (True, False)
+    colds: Sequence[bool] = (True, False)
     repetitions: int = timing.MIN_REPETITIONS
     # Seconds a group may be timed for on the CPU, where a call can take long.
     seconds_per_group: float = 20.0
@@ -60,46 +65,31 @@ class Plan:
             cases = [
                 Case(op, tuple(shape.dims), dtype, layout, direction, act, residual)
                 for op in self.ops
-                if op.misfit(shape.dims) is None
+                if op.misfit(shape.dims, residual) is None
             ]
             if cases:
                 groups.append(cases)
         return groups
 
-
-@dataclass
-class Log:
-    """The results file: whole and valid after every row, whenever the run is killed."""
-
-    path: Path | None
-    header: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-
-    def add(self, rows: Sequence[Row]) -> None:
-        self.rows.extend(rows)
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
-        header = json.dumps(self.header, indent=2)
-        unfinished.write_text(f'{{"header": {header},\n"rows": [\n{lines}\n]}}\n')
-        unfinished.replace(self.path)
+    def ways(self, case: Case) -> list[tuple[bool, bool]]:
+        """(graph, cold) of the case's rows. The CPU has neither; small tensors are never cold."""
+        if self.device != "cuda":
+            return [(False, False)]
+        can_be_cold = _ring(case)[1]
+        colds = [cold for cold in self.colds if can_be_cold or not cold]
+        return [*itertools.product(self.graphs, colds)]
 
 
-@dataclass
-class _Entry:
-    """A row in the making."""
-
-    case: Case
-    provider: Provider
-    verdict: gate.Verdict | None = None
-    candidate: timing.Candidate | None = None
-    kernels: list[str] | None = None
-    error: str | None = None
+@functools.cache
+def _l2_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
 
 
-def usable(plan: Plan, say: Callable[[str], None] = lambda line: None) -> list[Provider]:
+def _ring(case: Case) -> tuple[int, bool]:
+    return timing.ring_size(min_bytes(case), _l2_bytes())
+
+
+def usable(plan: Plan, say: Say = _silent) -> list[Provider]:
     """The plan's providers that can run here; the others are named once, in one line each."""
     found = []
     for provider in plan.providers:
@@ -111,9 +101,82 @@ def usable(plan: Plan, say: Callable[[str], None] = lambda line: None) -> list[P
     return found
 
 
+@dataclass
+class _Entry:
+    """One provider on one case, on its way to some rows."""
+
+    case: Case
+    provider: Provider
+    rows: list[Row]
+    refused: str | None = None
+    verdict: gate.Verdict | None = None
+    candidates: list[timing.Candidate] = field(default_factory=list)
+    kernels: list[str] | None = None
+    nodes: int | None = None
+    peak_bytes: int | None = None
+    error: str | None = None
+
+
+def _identity(case: Case, provider: Provider, graph: bool, cold: bool) -> Row:
+    return {
+        "kind": "kernel",
+        "op": case.op.name,
+        "provider": provider.name,
+        "direction": case.direction,
+        "shape": list(case.dims),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "act": case.act,
+        "residual": case.residual,
+        "graph": graph,
+        "cold": cold,
+    }
+
+
+def jobs(plan: Plan, say: Say = _silent) -> list[Job]:
+    """One job a group. What a provider refuses is a row the first time, and no row after that."""
+    providers = usable(plan, say)
+    told: set[tuple[Op, str, str]] = set()
+    found = []
+    for cases in plan.groups():
+        entries = []
+        for case, provider in itertools.product(cases, providers):
+            if case.op.family not in provider.families:
+                continue
+            ways = plan.ways(case)
+            reason = provider.refuses(case)
+            if reason is not None:
+                if (case.op, provider.name, reason) in told:
+                    continue
+                told.add((case.op, provider.name, reason))
+                ways = ways[:1]
+            elif not provider.captures(case):
+                ways = [way for way in ways if not way[0]]
+            rows = [_identity(case, provider, *way) for way in ways]
+            if rows:
+                entries.append(_Entry(case, provider, rows, reason))
+        if entries:
+            case = cases[0]
+            name = title(
+                case.direction, case.dims, case.dtype, case.layout, case.act, case.residual
+            )
+            rows = [row for entry in entries for row in entry.rows]
+            found.append(Job(name, rows, functools.partial(_measure_wanted, plan, entries)))
+    return found
+
+
+def _measure_wanted(plan: Plan, entries: Sequence[_Entry], wanted: Sequence[Row]) -> list[Row]:
+    kept = [
+        dataclasses.replace(entry, rows=[row for row in entry.rows if row in wanted], candidates=[])
+        for entry in entries
+    ]
+    return measure([entry for entry in kept if entry.rows], plan)
+
+
 def _examine(
     entry: _Entry,
-    ring: Sequence[operands.Operands],
+    ring: Sequence[Operands],
+    history: Sequence[Operands],
     expected: dict[str, torch.Tensor],
     own: dict[str, float],
     plan: Plan,
@@ -122,127 +185,154 @@ def _examine(
     case, provider = entry.case, entry.provider
 
     def fresh() -> torch.nn.Module:
-        return operands.prepare(provider.build(case), plan.device)
+        module = operands.prepare(provider.build(case), plan.device)
+        return operands.settle(module, history)
 
     try:
         with provider.switch():
             entry.verdict = gate.check(fresh(), case, ring[0], expected, own)
             entry.error = entry.verdict.refusal
-            if entry.error is None:
-                module = fresh()
-                calls = [operands.call(module, each, case.direction) for each in ring]
-                entry.candidate = timing.Candidate(calls, provider.switch)
-                if plan.device == "cuda":
-                    entry.kernels = timing.kernels(calls[0])
+            if entry.error is not None:
+                return
+            module = fresh()
+            calls = [operands.call(module, each, case.direction) for each in ring]
+            entry.peak_bytes = observe.peak_bytes(calls[0], plan.device)
+            if plan.device == "cuda":
+                entry.kernels = observe.kernels(calls[0])
+                capturable = any(row["graph"] for row in entry.rows)
+                entry.nodes = observe.graph_nodes(calls[0]) if capturable else None
+        # As often as the ring is long, so that a sample is as long; on the CPU, once.
+        warm = calls[:1] * min(max(len(calls), 4), timing.MAX_CALLS)
+        for row in entry.rows:
+            its_calls = calls if row["cold"] or plan.device != "cuda" else warm
+            entry.candidates.append(
+                timing.Candidate(its_calls, provider.switch, row["graph"], row["cold"])
+            )
     except Exception as exception:  # a provider that raises is a row that says so
         entry.error = timing.describe(exception)
 
 
-def _row(entry: _Entry, plan: Plan, cold: bool, copy: float) -> Row:
-    case, candidate = entry.case, entry.candidate
-    row: Row = dict.fromkeys(FIELDS)
-    row |= {
-        "op": case.op.name,
-        "provider": entry.provider.name,
-        "direction": case.direction,
-        "shape": list(case.dims),
-        "dtype": case.dtype,
-        "layout": case.layout,
-        "act": case.act,
-        "residual": case.residual,
-        "graph": plan.graph and plan.device == "cuda",
-        "cold": cold,
-        "min_bytes": min_bytes(case),
-        "kernels": entry.kernels,
-        "nodes": None if entry.kernels is None else len(entry.kernels),
-    }
-    if entry.verdict is not None:
-        row |= {"max_err": entry.verdict.max_err, "ref_err": entry.verdict.ref_err}
-    error = entry.error or (candidate.error if candidate else None)
-    if candidate is not None and error is None:
-        summary = timing.summarize(candidate.seconds)
-        speed = row["min_bytes"] / summary.median / 1e6
+def _rows(entry: _Entry) -> Iterator[Row]:
+    candidates: list[timing.Candidate | None] = [*entry.candidates]
+    for identity, candidate in itertools.zip_longest(entry.rows, candidates):
+        row: Row = dict.fromkeys(FIELDS) | identity
         row |= {
-            "ms_p10": summary.p10,
-            "ms_median": summary.median,
-            "ms_p90": summary.p90,
-            "gb_per_s": speed,
-            "pct_copy": 100 * speed / copy,
+            "min_bytes": min_bytes(entry.case),
+            "peak_bytes": entry.peak_bytes,
+            "kernels": entry.kernels,
+            "nodes": entry.nodes,
+            "error": entry.refused or entry.error or (candidate.error if candidate else None),
         }
-    # Beyond the common fields only where there is no time, to say why.
-    return row if error is None else row | {"error": error}
+        if entry.verdict is not None:
+            row |= {"max_err": entry.verdict.max_err, "ref_err": entry.verdict.ref_err}
+        if candidate is not None and row["error"] is None:
+            summary = timing.summarize(candidate.seconds)
+            row |= {
+                "ms_p10": summary.p10,
+                "ms_median": summary.median,
+                "ms_p90": summary.p90,
+                "repetitions": len(candidate.seconds),
+                "gb_per_s": row["min_bytes"] / summary.median / 1e6,
+            }
+        yield row
 
 
-def measure(
-    cases: Sequence[Case], providers: Sequence[Provider], plan: Plan, copy: float
-) -> list[Row]:
-    """The rows of one group."""
-    case = cases[0]
-    entries = [
-        _Entry(each, provider)
-        for each in cases
-        for provider in providers
-        if each.op.family in provider.families
-    ]
-    size, cold = 1, False
-    stream: Any = nullcontext()
-    if plan.device == "cuda":
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        size, cold = timing.ring_size(min_bytes(case), l2)
-        stream = torch.cuda.stream(torch.cuda.Stream())
-    torch.compiler.reset()
+def measure(entries: Sequence[_Entry], plan: Plan) -> list[Row]:
+    """The rows of one group's entries."""
+    checked = [entry for entry in entries if entry.refused is None]
+    on_gpu = plan.device == "cuda"
+    stream: Any = torch.cuda.stream(torch.cuda.Stream()) if on_gpu and checked else nullcontext()
+    if "torch._dynamo" in sys.modules:
+        # What the last group compiled; a second of imports where nothing was.
+        torch.compiler.reset()
     with stream:
-        ring = [operands.make(case, plan.device, seed) for seed in range(size)]
-        own: dict[bool, dict[str, float]] = {}
-        for each, members in itertools.groupby(entries, lambda entry: entry.case):
-            same = list(members)
-            try:
-                if each.op.per_sample not in own:
-                    own[each.op.per_sample] = gate.torch_error(each, ring[0])
-                expected = gate.truth(each, ring[0])
-            except Exception as exception:  # out of memory, or a dtype torch's norm does not take
-                for entry in same:
-                    entry.error = f"nothing to compare with: {timing.describe(exception)}"
-                continue
-            for entry in same:
-                _examine(entry, ring, expected, own[each.op.per_sample], plan)
-            del expected
-        candidates = [e.candidate for e in entries if e.candidate is not None]
-        if plan.device == "cuda":
-            timing.time_cuda(candidates, plan.repetitions, plan.graph)
+        own: dict[Case, dict[str, float]] = {}
+        rings: dict[str, list[Operands]] = {}
+        for case, members in itertools.groupby(checked, lambda entry: entry.case):
+            _prepare(case, [*members], own, rings, plan)
+        candidates = [c for entry in checked for c in entry.candidates]
+        if on_gpu:
+            timing.time_cuda(candidates, plan.repetitions)
         else:
             timing.time_cpu(candidates, plan.repetitions, plan.seconds_per_group)
-    return [_row(entry, plan, cold, copy) for entry in entries]
+    return [row for entry in entries for row in _rows(entry)]
+
+
+def _prepare(
+    case: Case,
+    entries: Sequence[_Entry],
+    own: dict[Case, dict[str, float]],
+    rings: dict[str, list[Operands]],
+    plan: Plan,
+) -> None:
+    """Truth, gate and calls of the entries of one case; fills in what the next one shares."""
+    try:
+        # Most methods share their operands, which may be gigabytes.
+        kind = case.op.family if case.op.family in papers.EXTRAS else ""
+        if kind not in rings:
+            size = _ring(case)[0] if plan.device == "cuda" else 1
+            rings[kind] = [operands.make(case, plan.device, seed) for seed in range(size)]
+        ring, steps = rings[kind], range(papers.WARM_UP.get(case.op.family, 0))
+        history = [operands.make(case, plan.device, 1000 + step) for step in steps]
+        expected = gate.truth(case, ring[0], history)
+        fair = plain.standard(case)
+        if fair not in own:
+            same = expected if fair == case else gate.truth(fair, ring[0], history)
+            own[fair] = gate.torch_error(fair, ring[0], same, history)
+    except Exception as exception:  # out of memory, or a dtype torch's norm does not take
+        for entry in entries:
+            entry.error = f"nothing to compare with: {timing.describe(exception)}"
+        return
+    for entry in entries:
+        _examine(entry, ring, history, expected, own[fair], plan)
+
+
+def _finish(rows: Iterable[Row], copy: float) -> list[Row]:
+    """Rows with what the sitting's copy bandwidth makes of them."""
+    done = []
+    for row in rows:
+        speed = row.get("gb_per_s")
+        done.append(row if speed is None else row | {"pct_copy": 100 * speed / copy})
+    return done
 
 
 def run(
-    plan: Plan,
-    out: Path | None = None,
+    found: Sequence[Job],
+    device: str,
+    log: Log,
     budget: float = float("inf"),
-    commit: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int, str, float], None] = lambda done, of, what, left: None,
+    say: Say = _silent,
 ) -> Log:
-    """Measures group by group, each written to `out` at once; starts none once `budget` is spent.
+    """Measures job by job what the log lacks, each written at once; starts none after `budget`.
 
-    `say` hears a line for every group and for whatever is left out.
+    `progress(done, of, title, seconds left)` is called before each job and at the end, `say` told
+    in a line what is left out.
     """
+    if not found:
+        raise ValueError("nothing to measure: no op of the selection fits its shapes and runs here")
     began = time.monotonic()
-    groups, providers = plan.groups(), usable(plan, say)
-    if not groups:
-        raise ValueError("nothing to measure: no op of the selection fits a shape of it")
-    copy = timing.copy_gb_per_s(plan.device)
-    log = Log(out, machine.header(plan.device, copy, commit))
-    log.add([])
-    for done, cases in enumerate(groups, start=1):
+    todo = [(job, wanted) for job in found if (wanted := log.missing(job.rows))]
+    there = sum(len(job.rows) for job in found) - sum(len(wanted) for _, wanted in todo)
+    if there:
+        say(f"going on: {there} rows are there, {len(todo)} of {len(found)} groups left")
+    if not todo:
+        return log
+    copy = timing.copy_gb_per_s(device)
+    log.begin(machine.now(), copy)
+    log.header.pop("left_out", None)
+    left_out = 0
+    for done, (job, wanted) in enumerate(todo):
         spent = time.monotonic() - began
-        if spent > budget:
-            left_out = f"{len(groups) - done + 1} of {len(groups)} groups left out"
-            say(f"budget of {budget:g} s spent: {left_out}")
-            break
-        log.add(measure(cases, providers, plan, copy))
-        spent = time.monotonic() - began
-        left = min(spent / done * (len(groups) - done), max(0.0, budget - spent))
-        case = cases[0]
-        what = title(case.direction, case.dims, case.dtype, case.layout, case.act, case.residual)
-        say(f"[{done}/{len(groups)}] {what}, {left:.0f} s left")
+        if spent > min(budget, job.latest):
+            left_out += 1
+            continue
+        left = spent / done * (len(todo) - done) if done else float("nan")
+        progress(done, len(todo), job.title, min(left, max(0.0, budget - spent)))
+        log.add(_finish(job.measure(wanted), copy))
+    progress(len(todo), len(todo), "", 0.0)
+    if left_out:
+        log.header["left_out"] = left_out
+        log.flush()
+        say(f"{left_out} of {len(todo)} groups left out, to keep within {budget:g} s")
     return log

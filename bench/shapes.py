@@ -68,9 +68,18 @@ SETS: dict[str, list[Shape]] = {
             "c24": (16, 24, 56, 56),
             "c65": (8, 65, 31, 33),
             "c200": (32, 200, 7, 7),
-            "volume": (2, 48, 16, 28, 28),
             "point": (256, 512, 1, 1),
             "plain": (1024, 768),
+        },
+    ),
+    # Video and medical volumes: a clip's stem and last stage, a 3-D U-Net's top and an odd patch.
+    "3d": _named(
+        "3d",
+        {
+            "stem": (4, 64, 16, 56, 56),
+            "stage4": (4, 512, 2, 7, 7),
+            "unet": (2, 32, 64, 64, 64),
+            "odd": (2, 48, 9, 27, 29),
         },
     ),
     # Small enough to be all launch cost on a GPU, and all dispatch cost on a CPU.

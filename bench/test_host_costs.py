@@ -1,28 +1,18 @@
-"""Host-side cost of a call: arguments, dispatch and autograd around a tensor that costs nothing.
+"""Host-side costs for pytest-benchmark, each in one group with its peer, and their gate.
 
-``pytest bench/ --benchmark-only``, with ``--benchmark-autosave`` and ``--benchmark-compare`` for a
-history. Each of ours stands in one group with PyTorch's own layer.
+``pytest bench/`` shows the times and holds the ceilings; ``--benchmark-only`` leaves the gate out,
+``--benchmark-autosave`` and ``--benchmark-compare`` keep a history. With a CUDA device, the module
+calls are timed on its tensors as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from fusednorm.bench.host_costs import CEILINGS, PAIRS, breach, within
 from torch import nn
 
 import fusednorm
-
-CHANNELS = 8
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "nn.BatchNorm2d": lambda: nn.BatchNorm2d(CHANNELS),
-    "BatchNorm": lambda: fusednorm.BatchNorm(CHANNELS),
-    "BatchGroupNorm": lambda: fusednorm.BatchGroupNorm(CHANNELS, 2),
-    "nn.GroupNorm": lambda: nn.GroupNorm(2, CHANNELS),
-    "GroupNorm": lambda: fusednorm.GroupNorm(CHANNELS, 2),
-}
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(autouse=True)
@@ -33,31 +23,37 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=DEVICES)
-def x(request):
-    return torch.randn(2, CHANNELS, 4, 4, device=request.param, requires_grad=True)
+@pytest.mark.benchmark(max_time=0.3, min_rounds=20)
+@pytest.mark.parametrize("who", ["ours", "peer"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_cost(benchmark, name, who):
+    benchmark.group = name
+    call = PAIRS[name]()[who == "peer"]
+    benchmark.extra_info["ceiling"] = CEILINGS[name]
+    with within(name):
+        assert benchmark(call) is not None
 
 
-@pytest.fixture(params=LAYERS)
-def layer(request, x):
-    return LAYERS[request.param]().to(x.device)
+@pytest.mark.parametrize("name", PAIRS)
+def test_gate(name):
+    assert breach(name, PAIRS[name], CEILINGS[name]) is None
 
 
-def test_evaluation(benchmark, layer, x):
-    benchmark.group = f"evaluation, {x.device.type}"
-    with torch.no_grad():
-        y = benchmark(layer.eval(), x)
-    assert y.isfinite().all()
-
-
-def test_forward(benchmark, layer, x):
-    benchmark.group = f"forward, {x.device.type}"
-    y = benchmark(layer, x)
-    assert y.requires_grad
-
-
-def test_forward_backward(benchmark, layer, x):
-    benchmark.group = f"forward + backward, {x.device.type}"
-    wanted, dy = [x, *layer.parameters()], torch.randn_like(x)
-    gradients = benchmark(lambda: torch.autograd.grad(layer(x), wanted, dy))
-    assert all(gradient.isfinite().all() for gradient in gradients)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="times launches on a CUDA device")
+@pytest.mark.parametrize("build", [fusednorm.BatchNorm, nn.BatchNorm2d], ids=["fusednorm", "torch"])
+@pytest.mark.parametrize("what", ["forward", "both", "evaluation"])
+def test_cuda_call(benchmark, what, build):
+    """Launches queue up, so this is the host alone until the queue is full."""
+    benchmark.group = f"CUDA {what}"
+    module = build(8, device="cuda")
+    x = torch.randn(2, 8, 4, 4, device="cuda", requires_grad=True)
+    dy = torch.randn_like(x)
+    if what == "evaluation":
+        with torch.no_grad():
+            benchmark(module.eval(), x)
+    elif what == "forward":
+        benchmark(module, x)
+    else:
+        wanted = [x, *module.parameters()]
+        benchmark(lambda: torch.autograd.grad(module(x), wanted, dy))
+    torch.cuda.synchronize()

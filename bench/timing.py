@@ -1,8 +1,9 @@
 """How long a call takes, all candidates interleaved so that none has the quiet minute.
 
-CUDA: each candidate is one CUDA graph of as many calls as it takes for their operands and results
-to exceed 4 x L2, so every call finds its input in DRAM; events around a replay, over its calls.
-CPU: wall clock around a call, warm, on a recorded number of threads.
+CUDA: events around the replay of one graph of many calls, or around calls launched one by one onto
+an idle device, launch gaps and all. Cold: every call has its own operands and results, together
+more than 4 x L2, so each finds its input in DRAM. Warm: all calls have the same.
+CPU: wall clock around a call, warm, on the pinned threads that the header tells.
 """
 
 from __future__ import annotations
@@ -20,17 +21,31 @@ import torch
 
 Call = Callable[[], object]
 # A graph of more calls than this takes longer to build than its row is worth; smaller tensors stay
-# in L2 and their rows say cold: false.
+# in L2 and have warm rows only.
 MAX_RING = 512
+# Calls between two events where the host launches each: many beside the first one's latency, and
+# 512 of them a sample would take minutes. Also the most that a warm graph repeats its call.
+MAX_CALLS = 32
 MIN_REPETITIONS = 100
+# Caches fill and clocks settle in the first tens of calls.
+WARM_UPS = 25
+# About 0.1 ms for the device to be busy with, so that a graph is queued before its start event is
+# reached; else a replay of 50 us would be charged the 10 us of its launch.
+BACKLOG_CYCLES = 200_000
 
 
 @dataclass
 class Candidate:
-    """One competitor: a call for each set of operands, and the switch they run under."""
+    """One competitor: a call for each set of operands, and the switch they run under.
+
+    ``cold``: results are kept while others are written, as the operands are, so their memory is as
+    cold as that of the operands.
+    """
 
     calls: Sequence[Call]
     switch: Callable[[], AbstractContextManager[Any]] = nullcontext
+    graph: bool = False
+    cold: bool = False
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
 
@@ -85,114 +100,132 @@ def _interleave(
                     sample(index)
 
 
-def _loop(calls: Sequence[Call]) -> Call:
-    def run() -> None:
-        for call in calls:
-            call()
+@dataclass(frozen=True)
+class _Run:
+    """What one sample does, and how many calls that is."""
 
-    return run
+    go: Call
+    calls: int
+
+
+def _in_turn(candidate: Candidate, at_once: int) -> _Run:
+    """So many calls a sample, going on where the last sample stopped."""
+    calls = candidate.calls
+    kept: list[object] = [None] * len(calls)
+    at_once = min(at_once, len(calls))
+    position = 0
+
+    def go() -> None:
+        nonlocal position
+        for _ in range(at_once):
+            result = calls[position]()
+            if candidate.cold:
+                kept[position] = result
+            position = (position + 1) % len(calls)
+
+    return _Run(go, at_once)
 
 
 def _ready(
-    candidates: Sequence[Candidate], make: Callable[[Candidate], Call], warm_ups: int
-) -> list[Call]:
+    candidates: Sequence[Candidate], make: Callable[[Candidate], _Run], warm_ups: int
+) -> list[_Run]:
     """Makes and warms up each candidate's run; one that raises keeps its error and no run."""
     runs = []
     for candidate in candidates:
         with _blamed(candidate):
             run = make(candidate)
-            for _ in range(warm_ups):
-                run()
+            for _ in range(math.ceil(warm_ups / run.calls)):
+                run.go()
             runs.append(run)
     return runs
 
 
+def _rounds(
+    running: Sequence[Candidate], sample: Callable[[int], None], repetitions: int, ends: float
+) -> None:
+    """So many rounds; no fewer than five, but none more once the clock shows `ends`."""
+    turn = 0
+    while running and turn < repetitions and (turn < 5 or time.perf_counter() < ends):
+        _interleave(running, sample, [turn])
+        turn += 1
+
+
 def time_cpu(candidates: Sequence[Candidate], repetitions: int, seconds: float = math.inf) -> None:
     """Fills in `seconds` of each candidate; fewer repetitions, but five, if time would run out."""
-    runs = _ready(candidates, lambda candidate: _loop(candidate.calls), warm_ups=1)
+    ends = time.perf_counter() + seconds
+    runs = _ready(candidates, lambda candidate: _in_turn(candidate, 1), warm_ups=1)
     running = [candidate for candidate in candidates if candidate.error is None]
 
     def sample(index: int) -> None:
         start = time.perf_counter()
-        runs[index]()
-        elapsed = time.perf_counter() - start
-        running[index].seconds.append(elapsed / len(running[index].calls))
+        runs[index].go()
+        running[index].seconds.append((time.perf_counter() - start) / runs[index].calls)
 
-    began = time.perf_counter()
-    _interleave(running, sample, range(1))
-    affordable = seconds / (time.perf_counter() - began)
-    _interleave(running, sample, range(1, int(min(repetitions, max(5, affordable)))))
+    _rounds(running, sample, repetitions, ends)
 
 
-def _capture(candidate: Candidate) -> Call:
-    """The candidate's calls as one graph."""
+def _capture(candidate: Candidate, pool: Any) -> _Run:
+    """The candidate's calls as one graph. Graphs share a pool: none reads another's results."""
     for _ in range(3):
         candidate.calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        # Results stay alive to the end, else the allocator would hand every call the same, warm
-        # memory to write to.
-        kept = [call() for call in candidate.calls]
+    kept = []
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        for call in candidate.calls:
+            result = call()
+            # Else the allocator hands every call the same, warm memory to write to.
+            if candidate.cold:
+                kept.append(result)
+            del result
     del kept
-    replay: Call = graph.replay
-    return replay
+    return _Run(graph.replay, len(candidate.calls))
 
 
-def time_cuda(candidates: Sequence[Candidate], repetitions: int, graph: bool) -> None:
+def time_cuda(candidates: Sequence[Candidate], repetitions: int) -> None:
     """Fills in `seconds` of each candidate. Needs a current stream other than the default one,
     and the one on which the calls were built: backward runs where its forward ran."""
-    make = _capture if graph else lambda candidate: _loop(candidate.calls)
-    runs = _ready(candidates, make, warm_ups=3)
+    pool = torch.cuda.graph_pool_handle()
+
+    def make(candidate: Candidate) -> _Run:
+        graph = candidate.graph
+        return _capture(candidate, pool) if graph else _in_turn(candidate, MAX_CALLS)
+
+    runs = _ready(candidates, make, WARM_UPS)
     running = [candidate for candidate in candidates if candidate.error is None]
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in running]
 
     def sample(index: int) -> None:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if running[index].graph:
+            torch.cuda._sleep(BACKLOG_CYCLES)
+        else:
+            # What is queued would hide the gaps between launches.
+            torch.cuda.synchronize()
         start.record()
-        runs[index]()
+        runs[index].go()
         stop.record()
         events[index].append((start, stop))
 
     _interleave(running, sample, range(repetitions))
     torch.cuda.synchronize()
-    for candidate, pairs in zip(running, events, strict=True):
-        calls = len(candidate.calls)
-        candidate.seconds = [a.elapsed_time(b) / 1e3 / calls for a, b in pairs]
-
-
-def kernels(call: Call) -> list[str] | None:
-    """Names of what one call puts on the device, copies and memsets included, in order."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call()
-    torch.cuda.synchronize()
-    try:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            call()
-            torch.cuda.synchronize()
-    except RuntimeError:  # profiling may be forbidden on a shared machine; its names are a bonus
-        return None
-    on_device = [
-        event
-        for event in profiler.events()
-        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
-    ]
-    on_device.sort(key=lambda event: event.time_range.start)
-    return [event.name for event in on_device] or None
+    for candidate, run, pairs in zip(running, runs, events, strict=True):
+        candidate.seconds = [a.elapsed_time(b) / 1e3 / run.calls for a, b in pairs]
 
 
 @functools.cache
 def copy_gb_per_s(device: str) -> float:
     """Bytes read plus bytes written a second by `copy_`, in GB/s: the roof every row is held to."""
     numel = 2**28 if device == "cuda" else 2**26
-    source = torch.ones(numel, device=device)
+    source = torch.rand(numel, device=device)
     target = torch.empty_like(source)
-    copy = Candidate([lambda: target.copy_(source)])
+    copy = Candidate([lambda: target.copy_(source)], graph=True)
     if device == "cuda":
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
-            time_cuda([copy], 20, graph=True)
+            time_cuda([copy], MIN_REPETITIONS)
     else:
-        time_cpu([copy], 10)
+        time_cpu([copy], MIN_REPETITIONS, seconds=3.0)
+    if copy.error is not None:
+        raise RuntimeError(f"the copy that all rows are held to failed: {copy.error}")
     return 2 * source.nbytes / statistics.median(copy.seconds) / 1e9

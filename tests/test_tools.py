@@ -161,3 +161,15 @@ def test_without_a_card_gpu_check_says_so_in_one_line(tool, tmp_path, monkeypatc
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == gpu_check.CANNOT_RUN
     assert capsys.readouterr().out.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bench_stage_is_a_command_the_benchmark_knows(tool, tmp_path):
+    """A run that is cut short goes on, so its file must be the one that it left behind."""
+    from fusednorm.bench.__main__ import _parser
+
+    stage = tool("gpu_check").plan(tmp_path)[-1]
+    assert stage.command[1:3] == ("-m", "fusednorm.bench")
+    options = _parser().parse_args(stage.command[3:])
+    assert (options.command, options.device, options.quick) == ("run", "cuda", True)
+    assert options.out == tmp_path / "bench.json"
+    assert options.commit

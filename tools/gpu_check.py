@@ -35,8 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "tree"
 SOURCES = ("bench", "cmake", "csrc", "python", "tests", "tools", "triton_kernels")
 LIMIT_S = 450
-# Rungs about the sources rather than the machine, and Triton's interpreter: `make test` runs them.
-NOT_ON_THE_CARD = ("codegen", "host", "packaging", "triton_kernels")
+# Rungs about the sources rather than the machine, Triton's interpreter and what needs a browser:
+# `make test` runs them.
+NOT_ON_THE_CARD = ("browser", "codegen", "host", "packaging", "triton_kernels")
 # Triton compiles some two thousand variants for the suite, one after the other in one process.
 PARALLEL = ("-n", str(min(8, os.cpu_count() or 1)))
 CANNOT_RUN = 3
@@ -90,7 +91,7 @@ def plan(out: Path) -> list[Stage]:
         subset = (python, "-m", "pytest", "-q", "-m", "sanitizer", "tests/gpu")
         stages.append(Stage(tool, (*guard, *subset), "sanitizer.log", missing=missing))
     bench = (python, "-m", "fusednorm.bench", "run", "--device", "cuda", "--quick")
-    bench += ("--commit", commit(), "--out", str(out / "bench.json"))
+    bench += ("--commit", commit(), "--out", str(out / "bench.json"), "--progress", "plain")
     stages.append(Stage("bench", bench, "bench.log"))
     return stages
 
