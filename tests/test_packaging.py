@@ -61,7 +61,8 @@ def modules() -> set[str]:
     return {
         f"{package}/{file.relative_to(folder)}"
         for package, folder in SOURCES.items()
-        for file in folder.rglob("*.py")
+        for file in folder.rglob("*")
+        if file.suffix in (".py", ".css", ".html", ".js")
     }
 
 
