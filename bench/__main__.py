@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import compare, machine, progress, selection
 from .results import Log, history, load, save
-from .run import run
+from .run import DeviceLost, run
 
 # Seconds after which a quick run starts nothing more.
 QUICK_BUDGET = {"cuda": 330.0, "cpu": 40.0}
@@ -82,10 +82,17 @@ def _run(options: argparse.Namespace) -> int:
 
     device = selection.device(options)
     say = _once(lambda line: print(line, flush=True))
-    for name in ("repetitions", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1")
+    for name in ("repetitions", "threads", "side", "batch"):
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: expected at least 1")
+    if (cores := machine.cores()) is not None and (options.threads or 1) > len(cores):
+        raise ValueError(
+            f"--threads {options.threads}: expected at most the {len(cores)} cores here"
+        )
+    if options.budget is not None and not options.budget >= 0:
+        raise ValueError(f"--budget {options.budget:g}: expected seconds, at least 0")
     jobs = selection.jobs(options, device, say)
     budget = options.budget
     if budget is None:
@@ -147,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.do(options))
-    except (ValueError, OSError) as exception:
+    except (ValueError, OSError, DeviceLost) as exception:
         print(f"error: {exception}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

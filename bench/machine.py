@@ -93,6 +93,14 @@ def _on_gpu(header: dict[str, Any]) -> bool:
     return header.get("l2_bytes") is not None
 
 
+def cores() -> list[int] | None:
+    """The cores that this process may use; None where the system does not say."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:
+        return None
+
+
 @contextlib.contextmanager
 def pinned(threads: int | None = None) -> Iterator[list[int] | None]:
     """Runs on so many CPU threads (as many as torch has now), kept on as many cores.
@@ -102,18 +110,17 @@ def pinned(threads: int | None = None) -> Iterator[list[int] | None]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:
+    allowed = cores()
+    if allowed is None:
         yield None
         torch.set_num_threads(before)
         return
-    cores = sorted(allowed)[-torch.get_num_threads() :]
+    kept = allowed[-torch.get_num_threads() :]
     try:
-        _keep_on(cores)
-        yield cores
+        _keep_on(kept)
+        yield kept
     finally:
-        _keep_on(sorted(allowed))
+        _keep_on(allowed)
         torch.set_num_threads(before)
 
 

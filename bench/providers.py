@@ -107,7 +107,8 @@ def _compiling(**inductor: Any) -> Iterator[None]:
 
     # Backward alone is repeated on one graph, whose buffers it must then not reuse.
     kept = torch._functorch.config.patch(donated_buffer=False)
-    loud = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    # Where modules cannot be kept apart, those of one forward count together.
+    loud = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=64)
     with kept, loud, torch._inductor.config.patch(inductor):
         yield
 
@@ -117,10 +118,15 @@ def _compile(name: str, missing: Callable[[str], str | None], **inductor: Any) -
 
     Settings go through the configuration rather than a mode, since backward is compiled later, and
     max-autotune's own CUDA graphs would stand in the way of the one that everybody is timed in.
+    They are given as options too: dynamo takes backends of the same options for the same, and would
+    hand this provider what another one compiled.
     """
+    options = dict(inductor) or None
     return Provider(
         name,
-        lambda case: cast(nn.Module, torch.compile(composition(case), dynamic=False, **_APART)),
+        lambda case: cast(
+            nn.Module, torch.compile(composition(case), dynamic=False, options=options, **_APART)
+        ),
         missing=missing,
         switch=lambda: _compiling(**inductor),
         refuses=_uncompiled,

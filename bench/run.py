@@ -25,7 +25,7 @@ from .registry import OPS, Case, Op, min_bytes, title
 from .results import FIELDS, Job, Log, Row
 from .shapes import Shape
 
-__all__ = ["FIELDS", "Plan", "jobs", "measure", "run", "usable"]
+__all__ = ["FIELDS", "DeviceLost", "Plan", "jobs", "measure", "run", "usable"]
 
 Say = Callable[[str], None]
 
@@ -296,6 +296,37 @@ def _finish(rows: Iterable[Row], copy: float) -> list[Row]:
     return done
 
 
+class DeviceLost(RuntimeError):
+    """A kernel broke the CUDA context; this process cannot measure any more, the next one can."""
+
+
+def _measured(job: Job, wanted: Sequence[Row], on_gpu: bool) -> tuple[list[Row], str | None]:
+    """A job's rows, and what the device says if it is lost.
+
+    Whatever a job raises is the error of its rows. If a provider took the device with it, all that
+    came after failed of that: those rows stay unwritten, for the next process to measure.
+    """
+    try:
+        rows, raised = job.measure(wanted), False
+    except Exception as exception:
+        told = timing.describe(exception)
+        rows, raised = [dict.fromkeys(FIELDS) | row | {"error": told} for row in wanted], True
+    if not on_gpu:
+        return rows, None
+    try:
+        torch.cuda.synchronize()
+        return rows, None
+    except RuntimeError as exception:
+        lost = timing.describe(exception)
+    if not raised:
+        errors = ((row, row["error"] or "") for row in rows)
+        first = next((r for r, e in errors if "CUDA error" in e or "Error [CUDA]" in e), None)
+        if first is not None:
+            same = (first["op"], first["provider"])
+            rows = [r for r in rows if r["error"] is None or (r["op"], r["provider"]) == same]
+    return rows, lost
+
+
 def run(
     found: Sequence[Job],
     device: str,
@@ -308,6 +339,10 @@ def run(
 
     `progress(done, of, title, seconds left)` is called before each job and at the end, `say` told
     in a line what is left out.
+
+    Raises:
+        ValueError: if there is nothing to measure.
+        DeviceLost: if a kernel took the device with it, once that is written down.
     """
     if not found:
         raise ValueError("nothing to measure: no op of the selection fits its shapes and runs here")
@@ -329,7 +364,10 @@ def run(
             continue
         left = spent / done * (len(todo) - done) if done else float("nan")
         progress(done, len(todo), job.title, min(left, max(0.0, budget - spent)))
-        log.add(_finish(job.measure(wanted), copy))
+        rows, lost = _measured(job, wanted, device == "cuda")
+        log.add(_finish(rows, copy))
+        if lost is not None:
+            raise DeviceLost(f"{lost} (in {job.title}); the same command goes on behind it")
     progress(len(todo), len(todo), "", 0.0)
     if left_out:
         log.header["left_out"] = left_out

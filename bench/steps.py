@@ -179,18 +179,20 @@ class _Entry:
     keep: object = None
 
 
-def _capture(call: Callable[[], object], pool: Any) -> Callable[[], None] | None:
+def _capture(call: Callable[[], object], pools: list[Any]) -> Callable[[], None] | None:
     """A call's graph, or None where it cannot be captured.
 
-    One memory pool serves all graphs: they run one after the other, and what outlives a step,
-    parameters, momentum and buffers, was allocated before.
+    One memory pool, the last of `pools`, serves all graphs: they run one after the other, and what
+    outlives a step, parameters, momentum and buffers, was allocated before.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool=pools[-1], stream=torch.cuda.current_stream()):
             call()
     except RuntimeError:
         torch.cuda.synchronize()
+        # That pool counts as being recorded to for ever, and nobody else could be captured.
+        pools.append(torch.cuda.graph_pool_handle())
         return None
     replay: Callable[[], None] = graph.replay
     return replay
@@ -207,7 +209,7 @@ def _waited(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def _on_gpu(
-    entry: _Entry, call: Callable[[], object], before: int, capturable: bool, pool: Any
+    entry: _Entry, call: Callable[[], object], before: int, capturable: bool, pools: list[Any]
 ) -> Callable[[], None]:
     """The warm call as it is timed there; notes its memory and whether it is a graph."""
     torch.cuda.synchronize()
@@ -215,12 +217,12 @@ def _on_gpu(
     call()
     torch.cuda.synchronize()
     entry.peak_bytes = torch.cuda.max_memory_allocated() - before
-    replay = _capture(call, pool) if capturable else None
+    replay = _capture(call, pools) if capturable else None
     entry.graph, entry.keep = replay is not None, call
     return _waited(replay or call)
 
 
-def _make(entry: _Entry, form: str, images: Tensor, labels: Tensor, pool: Any) -> None:
+def _make(entry: _Entry, form: str, images: Tensor, labels: Tensor, pools: list[Any]) -> None:
     """Checks, builds and warms up one variant, and captures it where that can be."""
     row, device = entry.row, images.device.type
     op, provider, direction = VARIANTS[row["op"]], row["provider"], row["direction"]
@@ -244,7 +246,7 @@ def _make(entry: _Entry, form: str, images: Tensor, labels: Tensor, pool: Any) -
     for _ in range(WARM_UP if device == "cuda" or history else 1):
         call()
     if device == "cuda":
-        call = _on_gpu(entry, call, before, capturable, pool)
+        call = _on_gpu(entry, call, before, capturable, pools)
     entry.candidate = timing.Candidate([call], lambda: switch(provider))
 
 
@@ -274,7 +276,7 @@ def measure(plan: StepPlan, form: str, wanted: Sequence[Row]) -> list[Row]:
     on_gpu = plan.device == "cuda"
     images, labels = images_and_labels(batch, side, form, plan.device)
     stream: Any = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()
-    pool = torch.cuda.graph_pool_handle() if on_gpu else None
+    pools = [torch.cuda.graph_pool_handle()] if on_gpu else []
     # Sizes never change here, so cuDNN may choose its convolutions by measuring.
     with stream, torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for entry in entries:
@@ -284,7 +286,7 @@ def measure(plan: StepPlan, form: str, wanted: Sequence[Row]) -> list[Row]:
                 continue
             try:
                 with switch(provider):
-                    _make(entry, form, images, labels, pool)
+                    _make(entry, form, images, labels, pools)
             except Exception as exception:  # out of memory, say: a row that tells
                 entry.row["error"] = timing.describe(exception)
         ready = [entry.candidate for entry in entries if entry.candidate is not None]

@@ -2,7 +2,8 @@
 
 CUDA: events around the replay of one graph of many calls, or around calls launched one by one onto
 an idle device, launch gaps and all. Cold: every call has its own operands and results, together
-more than 4 x L2, so each finds its input in DRAM. Warm: all calls have the same.
+more than 4 x L2, so each finds its input in DRAM; what the candidate before left of them in L2 is
+evicted first. Warm: all calls have the same.
 CPU: wall clock around a call, warm, on the pinned threads that the header tells.
 """
 
@@ -182,14 +183,31 @@ def _capture(candidate: Candidate, pool: Any) -> _Run:
     return _Run(graph.replay, len(candidate.calls))
 
 
+def _evictor() -> Call:
+    """Reads twice what L2 holds. Reads, since what is written there would have to go back to DRAM
+    at the cost of whoever is timed next."""
+    l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    other = torch.zeros(l2_bytes // 2, dtype=torch.float32, device="cuda")
+    return lambda: other.sum()
+
+
 def time_cuda(candidates: Sequence[Candidate], repetitions: int) -> None:
     """Fills in `seconds` of each candidate. Needs a current stream other than the default one,
     and the one on which the calls were built: backward runs where its forward ran."""
     pool = torch.cuda.graph_pool_handle()
+    # Candidates share operands: 32 calls of one may leave all of them in L2 for the next one.
+    evict = _evictor() if any(candidate.cold for candidate in candidates) else None
 
     def make(candidate: Candidate) -> _Run:
-        graph = candidate.graph
-        return _capture(candidate, pool) if graph else _in_turn(candidate, MAX_CALLS)
+        nonlocal pool
+        if not candidate.graph:
+            return _in_turn(candidate, MAX_CALLS)
+        try:
+            return _capture(candidate, pool)
+        except Exception:
+            # Its pool counts as being recorded to for ever, and nobody else could be captured.
+            pool = torch.cuda.graph_pool_handle()
+            raise
 
     runs = _ready(candidates, make, WARM_UPS)
     running = [candidate for candidate in candidates if candidate.error is None]
@@ -197,6 +215,8 @@ def time_cuda(candidates: Sequence[Candidate], repetitions: int) -> None:
 
     def sample(index: int) -> None:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if evict is not None and running[index].cold:
+            evict()
         if running[index].graph:
             torch.cuda._sleep(BACKLOG_CYCLES)
         else:

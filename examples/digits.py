@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from fusednorm.bench import report
-from fusednorm.bench.registry import OPS, PROVIDERS
-from fusednorm.bench.run import Log, Plan, run
+from fusednorm.bench import machine, palette, report
+from fusednorm.bench.providers import PROVIDERS
+from fusednorm.bench.registry import OPS
+from fusednorm.bench.results import Log
+from fusednorm.bench.run import Plan, jobs, run
 from fusednorm.bench.shapes import select
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -205,7 +207,9 @@ def kernels(device: str, quick: bool, out: Path) -> Log:
         device=device,
         seconds_per_group=8.0,
     )
-    return run(plan, out, say=lambda line: print(line, flush=True))
+    # A log that begins anew, whatever an earlier demo left there.
+    log = Log(out, {**machine.header(device), "runs": []})
+    return run(jobs(plan), device, log, say=lambda line: print(line, flush=True))
 
 
 def plot(trainings: list[Training], log: Log, path: Path) -> None:
@@ -237,7 +241,7 @@ def plot(trainings: list[Training], log: Log, path: Path) -> None:
     ours = {"reference": "fusednorm", "native": "PyTorch"}
     kernel_bars = [
         (f"{r['layout']} {r['op']}, {ours.get(r['provider'], r['provider'])}", r["ms_median"],
-         report.STYLE[r["provider"]][0])
+         palette.style(r["provider"]).light)
         for r in log.rows
         if r["ms_median"] is not None and r["dtype"] == "float32"
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from fusednorm.bench import timing
 
 US = 1e-6
 LAUNCH, REPLAY = 5 * US, 12 * US
@@ -23,6 +24,8 @@ class FakeCuda:
         self.capturing: list[tuple[str, float]] | None = None
         self.log: list[str] = []
         self.pools: list[Any] = []
+        self.handles = 0
+        self.stuck: set[Any] = set()
         self.alive = 0
         self.most_alive = 0
 
@@ -77,16 +80,25 @@ class FakeCuda:
         @contextlib.contextmanager
         def graph(into: Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
             assert stream == "current", "captured on a stream other than the calls'"
+            if pool in fake.stuck:
+                raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
             fake.pools.append(pool)
             fake.capturing = into.nodes
+            # As torch has it: a capture that fails never ends its recording to the pool.
+            fake.stuck.add(pool)
             try:
                 yield
+                fake.stuck.remove(pool)
             finally:
                 fake.capturing = None
 
         def synchronize() -> None:
             assert fake.capturing is None, "a capture does not survive a synchronization"
             fake.host = max(fake.host, fake.device)
+
+        def handle() -> str:
+            fake.handles += 1
+            return f"pool {fake.handles}"
 
         def sleep(cycles: int) -> None:
             fake.work("sleep", cycles / 2e9)
@@ -98,8 +110,10 @@ class FakeCuda:
             "synchronize": synchronize,
             "_sleep": sleep,
             "current_stream": lambda: "current",
-            "graph_pool_handle": lambda: "pool",
+            "graph_pool_handle": handle,
             "Stream": lambda: "other",
             "stream": lambda stream: contextlib.nullcontext(),
         }.items():
             monkeypatch.setattr(torch.cuda, name, made)
+        # No device memory to read: an evicting kernel of 50 us instead.
+        monkeypatch.setattr(timing, "_evictor", lambda: fake.call("evict", 50 * US))

@@ -67,10 +67,22 @@ def test_unknown_names_list_the_known(option, known, capsys, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("option", ["--repetitions", "--threads"])
-def test_numbers_are_checked(option, capsys, tmp_path):
-    assert command.main(["run", "--device", "cpu", "--out", str(tmp_path / "b"), option, "0"]) == 2
-    assert f"{option} 0: expected at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--repetitions", "0"], "--repetitions 0: expected at least 1"),
+        (["--threads", "0"], "--threads 0: expected at least 1"),
+        (["--threads", "99999"], "--threads 99999: expected at most the"),
+        (["--side", "0"], "--side 0: expected at least 1"),
+        (["--batch", "2", "0"], "--batch 0: expected at least 1"),
+        (["--budget", "-1"], "--budget -1: expected seconds"),
+        (["--budget", "nan"], "--budget nan: expected seconds"),
+    ],
+)
+def test_numbers_are_checked(given, told, capsys, tmp_path):
+    assert command.main(["run", "--device", "cpu", "--out", str(tmp_path / "b"), *given]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_no_gpu_is_one_line(monkeypatch, capsys, tmp_path):

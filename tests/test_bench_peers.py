@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from fusednorm.bench import peers, timing
+from fusednorm.bench import peers, providers, timing
 from fusednorm.bench.providers import PROVIDERS, Provider
 from fusednorm.bench.registry import OPS
 from torch import nn
@@ -351,6 +351,26 @@ def test_what_is_compiled_stays_compiled(monkeypatch):
         for module in modules:
             module(torch.randn(2, 32, 6, 4))
     assert graphs["unique_graphs"] >= 12
+
+
+def test_no_compiler_is_handed_what_another_compiled(monkeypatch):
+    """Where torch cannot keep modules apart, dynamo tells backends by their options alone."""
+    from torch._inductor import compile_fx
+
+    seen = []
+    monkeypatch.setattr(providers, "_APART", {})
+    monkeypatch.setattr(
+        compile_fx,
+        "compile_fx",
+        lambda graph, inputs, **rest: seen.append(rest["config_patches"]) or graph.forward,
+    )
+    torch.compiler.reset()
+    names = ("compile", "compile-max-autotune", "compile-cooperative")
+    for name in names:
+        with PROVIDERS[name].switch(), torch.no_grad():
+            PROVIDERS[name].build(case("batch_norm"))(torch.randn(2, 32, 6, 4))
+    assert len(seen) == len(names)
+    torch.compiler.reset()
 
 
 def test_what_keeps_its_history_on_the_host_is_not_compiled():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fusednorm.bench import machine, results, timing
 from fusednorm.bench.results import FIELDS, IDENTITY, Job, Log, history, key, load
-from fusednorm.bench.run import jobs, run
+from fusednorm.bench.run import DeviceLost, jobs, run
 
 from bench_cases import rows_of, small_plan, wrong
 
@@ -73,6 +73,58 @@ def test_a_group_too_long_for_what_is_left_is_not_begun():
     run(found, "cpu", Log.resume(None, {}), say=said.append)
     assert begun == ["first", "last"]
     assert said == ["1 of 3 groups left out, to keep within inf s"]
+
+
+def job_of(providers, measure):
+    rows = [
+        dict.fromkeys(IDENTITY) | {"kind": "kernel", "op": "o", "provider": p} for p in providers
+    ]
+    return Job("group", rows, measure)
+
+
+def with_errors(rows, **errors):
+    return [dict.fromkeys(FIELDS) | row | {"error": errors.get(row["provider"])} for row in rows]
+
+
+def test_a_job_that_raises_is_rows_with_its_error():
+    def measure(wanted):
+        raise RuntimeError("out of luck\nand a long trace")
+
+    log = Log.resume(None, {})
+    run([job_of("ab", measure), job_of("c", with_errors)], "cpu", log)
+    told = "RuntimeError: out of luck"
+    assert [(r["provider"], r["error"]) for r in log.rows] == [
+        ("a", told),
+        ("b", told),
+        ("c", None),
+    ]
+
+
+def test_who_breaks_the_device_is_a_row_and_the_others_are_measured_later(tmp_path, monkeypatch):
+    """A broken CUDA context fails everything that comes after, none of whom is to blame."""
+    broken = []
+
+    def synchronize():
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def measure(wanted):
+        broken.append(1)
+        return with_errors(wanted, a=None, b="AcceleratorError: CUDA error: x", c="CUDA error: x")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    log = Log.resume(tmp_path / "b.json", {})
+    found = [job_of("abc", measure), job_of("d", with_errors)]
+    with pytest.raises(DeviceLost, match=r"illegal memory access .* \(in group\)"):
+        run(found, "cuda", log)
+    rows = load(tmp_path / "b.json")[1]
+    assert [row["provider"] for row in rows] == ["a", "b"]
+
+    broken.clear()
+    found[0] = job_of("abc", with_errors)
+    log = Log.resume(tmp_path / "b.json", {})
+    run(found, "cuda", log)
+    assert [(row["provider"], row["error"]) for row in log.rows[2:]] == [("c", None), ("d", None)]
 
 
 def header(**changes):

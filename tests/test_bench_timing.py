@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from pathlib import Path
@@ -132,11 +133,30 @@ def test_eager_calls_are_charged_their_launches(cuda):
 def test_every_operand_has_its_turn(cuda, graph):
     ring = candidate(cuda, 50, 10 * US, graph=graph, cold=True)
     timing.time_cuda([ring], 100)
-    names = [name for name in cuda.log if name != "sleep"]
+    names = [name for name in cuda.log if name.startswith("k")]
     # Before a capture a call is tried.
     turns = names[3:] if graph else names
     assert turns == [f"k{i % 50}" for i in range(len(turns))]
     assert len(turns) >= 100 * min(50, timing.MAX_CALLS)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_nobody_finds_what_another_left_in_l2(cuda, graph):
+    """Candidates share operands, so each cold sample, and no warm one, begins by evicting them."""
+    cold = [candidate(cuda, 64, 10 * US, name, graph=graph, cold=True) for name in "ab"]
+    warm = candidate(cuda, 1, 10 * US, "w", graph=graph)
+    timing.time_cuda([*cold, warm], 100)
+    samples = [run for run, _ in itertools.groupby(name[0] for name in cuda.log if name != "sleep")]
+    text = "".join(samples)
+    assert text.count("e") == 200
+    assert "ab" not in text[text.index("e") :] and "ba" not in text[text.index("e") :]
+    assert "ew" not in text
+    # The eviction itself is not in the time.
+    each = 10 * US if graph else 10 * US + LAUNCH / timing.MAX_CALLS
+    assert cold[0].seconds == pytest.approx([each] * 100)
+    cuda.log.clear()
+    timing.time_cuda([warm], 100)
+    assert "evict" not in cuda.log
 
 
 @pytest.mark.parametrize("graph", [True, False])
@@ -154,7 +174,7 @@ def test_warmed_up_interleaved_and_one_pool(cuda):
     measured = names[-300:]
     assert measured[:9] == ["a0", "b0", "c0", "b0", "c0", "a0", "c0", "a0", "b0"]
     assert {names[:-300].count(name) for name in ("a0", "b0", "c0")} == {timing.WARM_UPS + 3}
-    assert cuda.pools == ["pool"] * 3
+    assert cuda.pools == ["pool 1"] * 3
 
 
 def test_what_cannot_be_captured_is_an_error_and_the_others_go_on(cuda):
@@ -164,6 +184,8 @@ def test_what_cannot_be_captured_is_an_error_and_the_others_go_on(cuda):
     stuck = timing.Candidate([call], graph=True)
     right = candidate(cuda, 4, 10 * US, graph=True)
     timing.time_cuda([stuck, right], 100)
+    # Not in the pool of the failed capture, which takes no other.
+    assert cuda.pools == ["pool 1", "pool 2"]
     assert stuck.error.startswith("AssertionError: a capture does not survive")
     assert right.seconds == pytest.approx([10 * US] * 100)
 

@@ -364,6 +364,7 @@ def test_calls_on_a_gpu(monkeypatch, capturable, breaks, graph):
         "max_memory_allocated": lambda: 700,
         "current_stream": lambda: None,
         "CUDAGraph": FakeGraph,
+        "graph_pool_handle": lambda: "another",
         "graph": capture,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -374,7 +375,10 @@ def test_calls_on_a_gpu(monkeypatch, capturable, breaks, graph):
     def call(module=module):
         calls.append(1)
 
-    timed = steps._on_gpu(entry, call, 200, capturable, None)
+    pools = ["first"]
+    timed = steps._on_gpu(entry, call, 200, capturable, pools)
+    # The allocator takes no second capture into a pool whose capture failed.
+    assert pools == ["first", *["another"] * breaks]
     del call, module
     gc.collect()
     assert alive() is not None

@@ -61,6 +61,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         real(kernel, *args, **constants)
 
     monkeypatch.setattr(launch, "launch", note)
+    monkeypatch.setattr(counters, "_cache", {})
     take(monkeypatch, "streaming")
     yield names
     assert not any(zeros.any() for zeros in counters._cache.values())

@@ -9,6 +9,9 @@ and the caller combines in a launch of its own.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,8 @@ LEAST = 1 << 14
 MOST = 1 << 20
 
 _cache: dict[tuple[torch.device, int], Tensor] = {}
+# Too short by now, but kernels may still use them, on streams the allocator does not know of.
+_retired: list[Tensor] = []
 
 
 def zeros(x: Tensor, count: int) -> Tensor | None:
@@ -32,9 +37,31 @@ def zeros(x: Tensor, count: int) -> Tensor | None:
     key = (x.device, stream)
     cached = _cache.get(key)
     if cached is None or cached.numel() < count:
-        # The old tensor may be freed: kernels that still use it come first on this stream, and
-        # the allocator hands its memory out in this stream's order.
         length = max(LEAST, 1 << (count - 1).bit_length()) if count else LEAST
-        cached = torch.zeros(length, dtype=torch.int32, device=x.device)
-        _cache[key] = cached
+        longer = _allocate(length, x.device)
+        if longer is None:
+            return None
+        if cached is not None:
+            _retired.append(cached)
+        _cache[key] = cached = longer
     return cached
+
+
+def _allocate(length: int, device: torch.device) -> Tensor | None:
+    """Zeros that outlive the call, ready for the current stream; None where memory is out.
+
+    By a thread of its own: the caller's may be allocating from the pool of a CUDA graph, as
+    torch.compile does when it warms one up, and that memory is handed out again for the graph.
+    """
+    made: list[Tensor] = []
+
+    def make() -> None:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            made.append(torch.zeros(length, dtype=torch.int32, device=device))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if made and device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+    return made[0] if made else None

@@ -60,6 +60,9 @@ def train_eagerly(
             x, num_groups, per_sample, weight, bias, residual, running, eps, act, slope
         )
     try:
+        # The compiled operator takes any groups of a sample, group norm those of whole channels.
+        if per_sample and x.shape[1] % num_groups:
+            raise ValueError("num_groups")
         if not x.is_contiguous():
             x = canonical(x)
         if weight is not None and weight.dtype is not wide:

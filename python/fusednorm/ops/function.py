@@ -46,6 +46,7 @@ _TRAIN = {backend: ops.norm_train.default for backend, ops in _OPS.items()}
 _TRAIN["reference"] = composite.norm_train
 _BACKWARD = {backend: ops.norm_backward.default for backend, ops in _OPS.items()}
 _BACKWARD["reference"] = composite.norm_backward
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -131,7 +132,8 @@ class Train(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        # To be differentiated again, or with a batch of dy (is_grads_batched): as Normalize does.
+        if torch.is_grad_enabled() or _is_batched(dy):
             return (*_gradients(ctx, dy, 1.0), None, None)
         x, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
         num_groups, per_sample, _, act, slope, backend, _ = ctx.config
