@@ -67,6 +67,24 @@ def graph_nodes(call: Call) -> int | None:
     return None if failed else count.value
 
 
+def replay(call: Call) -> Call | None:
+    """Replays one call from a CUDA graph; None where it cannot be captured.
+
+    What a graph holds need not be what an eager call launches: a library may do without what it
+    keeps for a stream.
+    """
+    call()
+    torch.cuda.synchronize()
+    graph: Any = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call()
+    except RuntimeError:
+        return None
+    again: Call = graph.replay
+    return again
+
+
 def peak_bytes(call: Call, device: str) -> int | None:
     """Most bytes that torch had allocated at once during a call, above what was there before it.
 

@@ -37,10 +37,11 @@ def _dots(axis: Any, xs: Sequence[float], ys: Sequence[float], row: Row, dark: b
 
 
 def _plain(axis: Any) -> None:
-    """Ticks as numbers rather than as powers."""
+    """Ticks as numbers rather than as powers; over many decades, one each, or they overlap."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=9))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

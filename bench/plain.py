@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import papers
 from .registry import ACTIVATIONS, DTYPES, Case, Op
 
+# Their backward does with the result what it needs the argument for elsewhere.
+_IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "relu": functools.partial(F.relu, inplace=True),
+    "leaky_relu": functools.partial(F.leaky_relu, inplace=True),
+}
+
 
 class TorchNorm(nn.Module):
-    """PyTorch's own norm, then the residual, then the activation: three ops where ours is one."""
+    """PyTorch's own norm, then the residual, then the activation: three ops where ours is one.
+
+    In place where autograd lets them be, as torchvision's networks have them.
+    """
 
     def __init__(self, norm: nn.Module, act: str | None) -> None:
         super().__init__()
         self.norm = norm
-        self.act = ACTIVATIONS[act]
+        self.act = _IN_PLACE.get(act, ACTIVATIONS[act])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         z: Tensor = self.norm(x)
-        return self.act(z if residual is None else z + residual)
+        return self.act(z if residual is None else z.add_(residual))
 
 
 class PlainNorm(nn.Module):

@@ -33,7 +33,8 @@ IDENTITY = (
 # graph, cold  replayed from a CUDA graph; operands rotated so that none is found in L2
 # ms_*         of one call, over so many repetitions
 # min_bytes    no implementation avoids them: gb_per_s, and pct_copy of the bandwidth of copy_
-# nodes        of the CUDA graph of one call, kernels what they are called
+# nodes        of the CUDA graph of one call
+# kernels      names of what ran, in order: in the graph's replay if `graph`, else in a call
 # peak_bytes   allocated at once during a call, above what was there before it
 # max_err      against float64, ref_err that of PyTorch's own norm in the same dtype
 # run          index into the header's `runs`: which sitting measured it

@@ -111,7 +111,8 @@ class _Entry:
     refused: str | None = None
     verdict: gate.Verdict | None = None
     candidates: list[timing.Candidate] = field(default_factory=list)
-    kernels: list[str] | None = None
+    # By whether they were replayed from a graph.
+    kernels: dict[bool, list[str] | None] = field(default_factory=dict)
     nodes: int | None = None
     peak_bytes: int | None = None
     error: str | None = None
@@ -167,7 +168,12 @@ def jobs(plan: Plan, say: Say = _silent) -> list[Job]:
 
 def _measure_wanted(plan: Plan, entries: Sequence[_Entry], wanted: Sequence[Row]) -> list[Row]:
     kept = [
-        dataclasses.replace(entry, rows=[row for row in entry.rows if row in wanted], candidates=[])
+        dataclasses.replace(
+            entry,
+            rows=[row for row in entry.rows if row in wanted],
+            candidates=[],
+            kernels={},
+        )
         for entry in entries
     ]
     return measure([entry for entry in kept if entry.rows], plan)
@@ -198,9 +204,11 @@ def _examine(
             calls = [operands.call(module, each, case.direction) for each in ring]
             entry.peak_bytes = observe.peak_bytes(calls[0], plan.device)
             if plan.device == "cuda":
-                entry.kernels = observe.kernels(calls[0])
-                capturable = any(row["graph"] for row in entry.rows)
-                entry.nodes = observe.graph_nodes(calls[0]) if capturable else None
+                entry.kernels[False] = observe.kernels(calls[0])
+                if any(row["graph"] for row in entry.rows):
+                    entry.nodes = observe.graph_nodes(calls[0])
+                    again = observe.replay(calls[0])
+                    entry.kernels[True] = observe.kernels(again) if again else None
         # As often as the ring is long, so that a sample is as long; on the CPU, once.
         warm = calls[:1] * min(max(len(calls), 4), timing.MAX_CALLS)
         for row in entry.rows:
@@ -219,7 +227,7 @@ def _rows(entry: _Entry) -> Iterator[Row]:
         row |= {
             "min_bytes": min_bytes(entry.case),
             "peak_bytes": entry.peak_bytes,
-            "kernels": entry.kernels,
+            "kernels": entry.kernels.get(identity["graph"]),
             "nodes": entry.nodes,
             "error": entry.refused or entry.error or (candidate.error if candidate else None),
         }

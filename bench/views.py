@@ -206,7 +206,7 @@ def facts(header: dict[str, Any]) -> list[tuple[str, str]]:
         if value is None or (key == "cuda" and header.get("driver") is None):
             continue
         if key == "started":
-            value = re.sub(r":\d\d(\.\d+)?\+00:00$", " UTC", str(value)).replace("T", " ")
+            value = re.sub(r":\d\d(\.\d+)?\+00:00$", " UTC", str(value).replace("T", " "))
         found.append((label, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     clocks = header.get("clocks")
     if isinstance(clocks, dict) and clocks:

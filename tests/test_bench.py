@@ -161,6 +161,16 @@ def test_compositions_of_the_papers_pass_the_gate(op):
     assert all(row["max_err"] < 0.05 for row in rows)
 
 
+def test_pytorchs_own_norm_is_asked_as_networks_do():
+    """The sum and relu of a residual block in place: out of place each would cost it memory."""
+    norm = plain.torch_norm(case(act="relu", residual=True))
+    written = []
+    norm.norm.register_forward_hook(lambda _, inputs, y: written.append(y.data_ptr()))
+    x, residual = torch.randn(2, 2, 32, 6, 4)
+    assert norm(x, residual).data_ptr() == written[0]
+    assert (norm(x, residual) >= 0).all()
+
+
 def test_a_history_is_full_before_the_gate_and_the_clock():
     """Memory of past batches changes y: filled the same way, it is the same in float64."""
     memorized = case("memorized_batch_norm")

@@ -197,7 +197,10 @@ def test_rows_of_a_gpu(cuda, monkeypatch):
     monkeypatch.setattr(operands, "make", lambda case, device, seed: make(case, "cpu", seed))
     monkeypatch.setattr(operands, "prepare", lambda module, device: prepare(module, "cpu"))
     monkeypatch.setattr(observe, "peak_bytes", lambda call, device: peak(call, "cpu"))
-    monkeypatch.setattr(observe, "kernels", lambda call: ["one_kernel", "Memset"])
+    replay = lambda: None  # noqa: E731
+    monkeypatch.setattr(observe, "replay", lambda call: replay)
+    names = {True: ["one", "combine"], False: ["one"]}
+    monkeypatch.setattr(observe, "kernels", lambda call: names[call is replay])
     monkeypatch.setattr(observe, "graph_nodes", lambda call: 3)
     made = {}
 
@@ -222,7 +225,8 @@ def test_rows_of_a_gpu(cuda, monkeypatch):
     assert len(made[True, True]) == len({*made[True, True]}) == 20
     assert len({*made[True, False]}) == 1
     assert {row["nodes"] for row in rows} == {3}
-    assert all(row["kernels"] == ["one_kernel", "Memset"] for row in rows)
+    # A graph may hold other kernels than the host launches.
+    assert all(row["kernels"] == names[row["graph"]] for row in rows)
     assert all(row["peak_bytes"] >= SMALL.numel * 4 for row in rows)
     assert [row["error"] for row in rows] == [None] * 4
 
@@ -268,6 +272,18 @@ def test_graph_nodes_are_asked_of_the_driver(monkeypatch):
     assert observe.graph_nodes(lambda: None) is None
     monkeypatch.setattr(observe.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert observe.graph_nodes(lambda: None) is None
+
+
+def test_a_call_is_replayed_where_it_can_be_captured(cuda):
+    again = observe.replay(cuda.call("k", 10 * US))
+    again()
+    assert cuda.log == ["k", "k"]
+
+    def refuses():
+        if cuda.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert observe.replay(refuses) is None
 
 
 def test_kernels_are_named_in_the_order_they_ran(cuda, monkeypatch):

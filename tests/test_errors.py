@@ -91,7 +91,7 @@ def test_evaluation_needs_statistics() -> None:
         FF.batch_norm(X, None, None)
 
 
-@pytest.mark.parametrize("groups", [0, 4, 7, -2])
+@pytest.mark.parametrize("groups", [0, 4, 5, 7, -2])
 def test_group_norm_groups(groups: int, checks: None) -> None:
     with pytest.raises(ValueError, match=f"num_groups: .*divisor of the 6 channels.*got {groups}"):
         FF.group_norm(X, groups)
@@ -152,3 +152,12 @@ def test_unavailable_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     missing = pytest.raises(RuntimeError, match="'cuda' is not available: .* does not load: why")
     with missing, fusednorm.backend("cuda"):
         pass
+
+
+def test_kernels_refuse_forward_mode_instead_of_dropping_tangents():
+    norm = fusednorm.BatchNorm(4).requires_grad_(False)
+    x = torch.randn(2, 4, 3, 3)
+    with null_launch(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            norm(dual)

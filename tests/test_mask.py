@@ -138,3 +138,14 @@ def test_checkpointing(target: tuple[str, str]) -> None:
         grads.append(torch.autograd.grad(y.square().sum(), [*leaves, *norm.parameters()]))
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_of_a_batch_of_dy(residual: bool) -> None:
+    """``is_grads_batched`` hands backward one tensor that stands for several."""
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+    y = BatchNorm(6, act="relu")(x, torch.randn(2, 6, 4, 4) if residual else None)
+    dy = torch.randn(3, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in dy]
+    torch.testing.assert_close(batched, torch.stack(each), rtol=0, atol=0)

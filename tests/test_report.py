@@ -101,6 +101,10 @@ def test_tallies_are_the_sums_of_the_rows():
     assert {tally.provider for tally in views.tallies(rows)} == {"cuda", "triton"}
 
 
+def test_the_header_tells_the_hour_with_its_zone():
+    assert ("Started", "2000-01-01 00:00 UTC") in views.facts(made_up.HEADER)
+
+
 def test_layers_are_resnets_whatever_the_batch():
     assert views.layer(row(shape=[7, 1024, 14, 14])) == "l3.c3"
     assert views.layer(row(shape=[2, 64, 112, 112])) == "stem"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -104,6 +105,19 @@ def test_a_stage_on_record_is_not_run_again(tool, tmp_path):
     assert again.done("second")
     assert not gpu_check.Record(tmp_path / "tests.json", "other sources").done("first")
     assert "ZeroDivisionError" in (tmp_path / "log.log").read_text()
+
+
+def test_a_stage_that_loses_the_device_goes_on_in_a_new_process(tool, tmp_path):
+    gpu_check = tool("gpu_check")
+    record = gpu_check.Record(tmp_path / "tests.json", "abc")
+    tally = tmp_path / "tally"
+    code = f"import sys; f = open({str(tally)!r}, 'a+'); f.write('x'); sys.exit(2 * (f.tell() < 3))"
+    lost = dataclasses.replace(stage(gpu_check, "bench", code), sittings=4)
+    assert gpu_check.run_stage(lost, tmp_path, record) == "passed"
+    assert tally.read_text() == "xxx"
+    tally.write_text("")
+    once = dataclasses.replace(lost, sittings=1)
+    assert gpu_check.run_stage(once, tmp_path, record) == "failed (exit 2)"
 
 
 def test_a_stage_past_its_limit_is_ended_with_all_it_started(tool, tmp_path):

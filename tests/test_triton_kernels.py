@@ -522,7 +522,7 @@ def test_train_equals_batch_norm() -> None:
 
 
 def test_counters_are_a_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor a stream, longer when a plan needs it; none for more than there may be."""
+    """One tensor a stream, longer when a plan needs it; one a captured call; none beyond reason."""
     monkeypatch.setattr(counters, "_cache", {})
     x = torch.zeros(1)
     first = counters.zeros(x, 3)
@@ -544,8 +544,13 @@ def test_counters_are_a_streams_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counters.zeros(Card(), 1) is one
     stream[0] = 8
     assert counters.zeros(Card(), 1) is not one
+    # A graph's own at every call, and of the capture's length: nothing that eager calls can meet.
     capturing[0] = True
-    assert counters.zeros(Card(), 1) is None
+    captured = counters.zeros(Card(), 3)
+    assert captured is not None and captured.numel() == 3 and captured is not one
+    assert counters.zeros(Card(), 3) is not captured
+    assert counters.zeros(Card(), counters.MOST + 1) is None
+    assert all(captured is not kept for kept in [*counters._cache.values(), *counters._kept])
     monkeypatch.undo()
 
 

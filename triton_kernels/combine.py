@@ -12,7 +12,7 @@ nothing), as a factor that is off by an ulp is multiplied by every element.
 
 Who does it: the block of the first sweep that arrives last at the counter of its cells (``last``),
 and for channels, whose partials may lie anywhere, the blocks of the second sweep. The kernels here
-do it in a launch of their own where there are no counters: while a CUDA graph is captured.
+do it in a launch of their own where there are no counters: a plan that would need too many.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 A kernel leaves the counters it used at zero (``combine.last``), so they need no memset, and the
 launches of one stream may share them because they follow each other. Two streams may not: their
 kernels overlap, and both would count in the same place. Nor may CUDA graphs: a graph replays on
-any stream, beside another that was captured with the same tensor. Under capture there are none,
-and the caller combines in a launch of its own.
+any stream, beside another that was captured with the same tensor. What is captured gets zeros of
+the graph's own memory, which a node clears at every replay. That node costs what a launch that
+combines would; but such a launch would be of kernels that no warm-up has compiled, and loading
+code is not permitted during a capture.
 """
 
 from __future__ import annotations
@@ -21,30 +23,32 @@ LEAST = 1 << 14
 MOST = 1 << 20
 
 _cache: dict[tuple[torch.device, int], Tensor] = {}
-# Too short by now, but kernels may still use them, on streams the allocator does not know of.
-_retired: list[Tensor] = []
+# All there ever were: kernels may still use those that were too short for a later plan, on streams
+# the allocator does not know of.
+_kept: list[Tensor] = []
 
 
 def zeros(x: Tensor, count: int) -> Tensor | None:
     """At least ``count`` zeroed int32 for kernels on x's current stream, or None."""
+    if count > MOST:
+        return None
     stream = 0
     if x.is_cuda:
         if torch.cuda.is_current_stream_capturing():
-            return None
+            # Not one counter is none to clear, and no node.
+            make = torch.zeros if count else torch.empty
+            return make(max(count, 1), dtype=torch.int32, device=x.device)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-    if count > MOST:
-        return None
     key = (x.device, stream)
     cached = _cache.get(key)
-    if cached is None or cached.numel() < count:
-        length = max(LEAST, 1 << (count - 1).bit_length()) if count else LEAST
-        longer = _allocate(length, x.device)
-        if longer is None:
-            return None
-        if cached is not None:
-            _retired.append(cached)
-        _cache[key] = cached = longer
-    return cached
+    if cached is not None and cached.numel() >= count:
+        return cached
+    length = max(LEAST, 1 << (count - 1).bit_length()) if count else LEAST
+    longer = _allocate(length, x.device)
+    if longer is not None:
+        _kept.append(longer)
+        _cache[key] = longer
+    return longer
 
 
 def _allocate(length: int, device: torch.device) -> Tensor | None:

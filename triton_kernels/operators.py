@@ -8,8 +8,8 @@
                     backward_reduce, _apply     2 launches, 5T
     update_running  one small launch
 
-T is the bytes of x. A CUDA graph has no counters to share (counters.py), so what is captured
-combines in a launch of its own: one more where the table says 2. Nothing is read back to the
+T is the bytes of x. What a CUDA graph captures has counters of its own (counters.py), cleared by a
+node: one more where the table says 2 and cells have several partials. Nothing is read back to the
 host. Arguments are checked by the callers; only the device is checked here.
 """
 

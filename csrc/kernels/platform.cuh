@@ -204,16 +204,11 @@ inline cudaError_t allow_shared(const void* kernel) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// The launch with its attributes; errors are left to cudaGetLastError.
+// The launch with its attributes; errors are left to cudaGetLastError. More than 48 KB a block, and
+// clusters of more than 8, were asked for when the plan was made: three calls of the runtime, once.
 template <typename Shape, typename... Parameters, typename... Arguments>
 void launch_shaped(void (*kernel)(Parameters...), const Shape& shape, cudaStream_t stream,
                    const Arguments&... arguments) {
-  // More than 48 KB a block, and clusters of more than 8, are to be asked for.
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared_bytes > 48 * 1024) allow_shared(function);
-  if (shape.cluster > 8) {
-    cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.grid));

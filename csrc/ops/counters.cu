@@ -7,9 +7,11 @@
 //     It is known by its id, which is never used again, unlike the handle of a destroyed stream.
 //     The per-thread default stream is a stream a thread under one handle: it gets none.
 //   * A captured launch runs whenever its graph does, perhaps beside the stream it was captured
-//     from, and beside other graphs: it gets counters of its own, which are not used again. Replays
-//     of one executable graph follow each other. Whoever instantiates a captured graph twice, and
-//     runs both at once, breaks this; torch.cuda.graph does not.
+//     from, and beside other graphs: it gets counters of its graph's own, which no other graph
+//     uses. What one capture records from one stream follows each other there too, and shares
+//     them: a graph of a thousand layers takes as many as its largest. Replays of one executable
+//     graph follow each other. Whoever instantiates a captured graph twice, and runs both at once,
+//     breaks this; torch.cuda.graph does not.
 //   * A kernel that was stopped halfway leaves counters behind, but also a context in which nothing
 //     can be launched any more.
 #include <cuda_runtime.h>
@@ -39,6 +41,11 @@ struct Pool {
   bool failed = false;
   std::unordered_map<unsigned long long, unsigned*> streams;
   int64_t captured = kStreams * kShare;  // next counter for a captured launch
+  // Who took counters in a capture last, and how many: ids of captures are never used again.
+  unsigned long long capture = 0;
+  cudaStream_t capturing = nullptr;
+  unsigned* taken = nullptr;
+  int64_t taken_count = 0;
 };
 
 std::array<Pool, kMaxDevices> pools;
@@ -64,8 +71,8 @@ unsigned* pool_base(Pool& pool) {
 unsigned* take_counters(const Tensor& x, cudaStream_t stream, int64_t count) {
   if (count <= 0 || !x.is_cuda() || stream == cudaStreamPerThread) return nullptr;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  if (cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
+  unsigned long long id = 0, capture = 0;
+  if (cudaStreamGetCaptureInfo(stream, &status, &capture) != cudaSuccess ||
       status == cudaStreamCaptureStatusInvalidated) {
     cudaGetLastError();
     return nullptr;
@@ -80,10 +87,17 @@ unsigned* take_counters(const Tensor& x, cudaStream_t stream, int64_t count) {
   unsigned* base = pool_base(pool);
   if (!base) return nullptr;
   if (capturing) {
+    if (pool.taken && pool.capture == capture && pool.capturing == stream &&
+        count <= pool.taken_count) {
+      return pool.taken;
+    }
     if (pool.captured + count > kPool) return nullptr;
-    unsigned* counters = base + pool.captured;
+    pool.taken = base + pool.captured;
+    pool.taken_count = count;
+    pool.capture = capture;
+    pool.capturing = stream;
     pool.captured += count;
-    return counters;
+    return pool.taken;
   }
   const auto known = pool.streams.find(id);
   if (known != pool.streams.end()) return known->second;

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusednorm.checks import check_operands
 from fusednorm.layout import canonical, like
@@ -55,7 +56,9 @@ def train_eagerly(
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     if backend != "cuda":
         check_operands(x, num_groups, per_sample, weight, bias, residual, running, eps, True)
-    if backend != "reference" and running[0] is not None and running[0].dtype is not wide:
+    # A kernel would drop the tangents of forward-mode differentiation; a Function refuses them.
+    narrow = running[0] is not None and running[0].dtype is not wide
+    if backend != "reference" and (narrow or forward_ad._current_level >= 0):
         return train_in_steps(
             x, num_groups, per_sample, weight, bias, residual, running, eps, act, slope
         )

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from fusednorm.bench import observe
 
 import fusednorm
 import fusednorm.functional as FF
@@ -109,6 +110,21 @@ def test_cuda_graph_replays_a_training_step(
         torch.testing.assert_close(x.grad, twin.grad, rtol=0, atol=0)
     torch.testing.assert_close(norm.running_var, eager.running_var, rtol=0, atol=0)
     assert norm.num_batches_tracked == 4
+
+
+def test_counters_last_for_many_long_graphs() -> None:
+    """A benchmark captures thousands of calls; without counters each would take a kernel more."""
+    norm = BatchNorm(2048, device="cuda", dtype=torch.float64)
+    x = torch.randn(2, 2048, 7, 7, device="cuda", dtype=torch.float64)
+
+    def calls() -> None:
+        for _ in range(512):
+            norm(x)
+
+    with fusednorm.backend("cuda"), torch.cuda.stream(torch.cuda.Stream()):
+        found = [observe.graph_nodes(calls) for _ in range(4)]
+    assert found[0] is not None
+    assert len(set(found)) == 1, found
 
 
 def test_no_host_synchronisation(backend: str) -> None:
