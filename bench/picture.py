@@ -78,7 +78,10 @@ def _strips(axis: Any, rows: Sequence[Row], dark: bool) -> int:
     axis.set_xlim(1 / reach, reach)
     from matplotlib.ticker import FuncFormatter
 
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    def factor(value: float, _: int) -> str:
+        return f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
+
+    axis.xaxis.set_major_formatter(FuncFormatter(factor))
     return len(found)
 
 

@@ -235,7 +235,7 @@ def machine_line(header: dict[str, Any]) -> str:
             continue
         named = {
             "Machine": value,
-            "CPU threads": f"{value} threads",
+            "CPU threads": f"{value} thread{'' if value == '1' else 's'}",
             "Copy bandwidth": f"copy {value}",
             "Commit": f"commit {value}",
         }
