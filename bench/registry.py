@@ -7,15 +7,14 @@ is only planned is measured as its paper's code today, and beside it on the day 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from . import papers
+from .papers.base import ACTIVATIONS
 
 DTYPES = {
     "float32": torch.float32,
@@ -25,13 +24,6 @@ DTYPES = {
 }
 LAYOUTS = ("nchw", "nhwc")
 DIRECTIONS = ("forward", "backward", "both")
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda z: z,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "leaky_relu": F.leaky_relu,
-}
 
 
 def choose(

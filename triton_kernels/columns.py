@@ -25,7 +25,11 @@ import triton.language as tl
 
 from .combine import finish_moments, finish_sums, last
 from .indexing import multiple
-from .pointwise import load_affine, number, upstream
+from .pointwise import (
+    load_affine,
+    load_upstream,
+    number,
+)
 from .welford import chan, merge_lanes, push
 
 SIZES = ["samples", "channels", "spatial", "span", "ranges", "width", "unit", "stride", "splits"]
@@ -343,12 +347,9 @@ def backward_reduce_columns_kernel(
             row, base, rows, channels, spatial, ranges, start, stride,
             BLOCK_ROWS, BLOCK_COLS, VEC, WHOLE, W if PACKED else 1,
         )  # fmt: skip
-        dy = tl.load(dy_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC)
-        centred = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC) - mean
-        h = upstream(
-            dy, centred, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
-            scale, bias, slope,
-            ACT, W, PACKED, "evict_last",
+        centred, h = load_upstream(
+            dy_ptr, x_ptr, mean, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
+            scale, bias, slope, ACC, ACT, W, PACKED, "evict_last",
         )  # fmt: skip
         h = tl.where(m_x, h, 0.0)
         sum_h += h

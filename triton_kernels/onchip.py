@@ -19,7 +19,13 @@ import triton.language as tl
 
 from .columns import SIZES, locate, place, tile
 from .combine import divide, finish_channels, store_statistics
-from .pointwise import activate, load_affine, number, preactivation, store_mask, upstream
+from .pointwise import (
+    load_affine,
+    number,
+    store_mask,
+    store_output,
+    upstream,
+)
 
 
 @triton.jit
@@ -121,9 +127,9 @@ def forward_onchip_kernel(
     )  # fmt: skip
     scale = rstd * load_affine(weight_ptr, o_col // width, m_col, rstd, 1.0)
     bias = load_affine(bias_ptr, o_col // width, m_col, rstd, 0.0)
-    z = preactivation(centred, residual_ptr, at, o_x, m_x, scale, bias, "evict_first")
-    y = activate(z, number(slope, slope_low, ACC), ACT).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at + o_x, y, m_x, cache_modifier=".cs")
+    y = store_output(
+        y_ptr, residual_ptr, at, o_x, m_x, centred, scale, bias, number(slope, slope_low, ACC), ACT
+    )
     if mask_ptr is not None:
         byte_at, o_byte, m_byte = tile(
             0, base, rows, channels, spatial, ranges, start, stride,

@@ -132,6 +132,72 @@ def upstream(
     return h
 
 
+@triton.jit
+def store_output(
+    y_ptr, residual_ptr, at, o_x, m_x, centred, scale, bias, slope, ACT: tl.constexpr
+):  # fmt: skip
+    """y of a tile, stored; the tile, as it was rounded, is what a mask is made of."""
+    z = preactivation(centred, residual_ptr, at, o_x, m_x, scale, bias, "evict_first")
+    y = activate(z, slope, ACT).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at + o_x, y, m_x, cache_modifier=".cs")
+    return y
+
+
+@triton.jit
+def load_upstream(
+    dy_ptr,
+    x_ptr,
+    mean,
+    residual_ptr,  # or None
+    mask_ptr,  # or None; then z is not needed
+    at,
+    o_x,
+    m_x,
+    byte_at,
+    o_byte,
+    m_byte,
+    scale,
+    bias,
+    slope,
+    ACC: tl.constexpr,
+    ACT: tl.constexpr,
+    W: tl.constexpr,
+    PACKED: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """x - mean and h of a tile."""
+    dy = tl.load(dy_ptr + at + o_x, m_x, 0.0, eviction_policy=POLICY).to(ACC)
+    centred = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy=POLICY).to(ACC) - mean
+    h = upstream(
+        dy, centred, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
+        scale, bias, slope, ACT, W, PACKED, POLICY,
+    )  # fmt: skip
+    return centred, h
+
+
+@triton.jit
+def store_gradients(
+    dx_ptr,
+    dresidual_ptr,  # or None
+    at,
+    o_x,
+    m_x,
+    centred,
+    h,
+    scale,
+    shift,
+    slant,
+    LIVE: tl.constexpr,
+):
+    """dx = scale*h - (shift + (x - mean)*slant) of a tile, and h where a residual wants it."""
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + at + o_x, h, m_x, cache_modifier=".cs")
+    dx = scale * h
+    if LIVE:
+        dx -= shift + centred * slant
+    tl.store(dx_ptr + at + o_x, dx, m_x, cache_modifier=".cs")
+
+
 @triton.jit(do_not_specialize=["numel"])
 def mask_kernel(y_ptr, mask_ptr, numel, W: tl.constexpr, BLOCK: tl.constexpr):
     """The mask from y as it lies in memory, for sweeps whose tiles cut bytes."""

@@ -27,7 +27,14 @@ import triton.language as tl
 
 from .combine import finish_channels, finish_moments, finish_sums, last
 from .indexing import multiple, piece_start, stretch
-from .pointwise import activate, load_affine, number, preactivation, store_mask, upstream
+from .pointwise import (
+    load_affine,
+    load_upstream,
+    number,
+    store_gradients,
+    store_mask,
+    store_output,
+)
 from .welford import chan, merge_lanes, push
 
 SIZES = ["rows", "channels", "spatial", "group", "unit", "groups", "pieces", "splits"]
@@ -232,9 +239,7 @@ def apply_runs_kernel(
             row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, 1
         )
         x = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_first").to(ACC)
-        z = preactivation(x - mean, residual_ptr, at, o_x, m_x, scale, bias, "evict_first")
-        y = activate(z, slope, ACT).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + at + o_x, y, m_x, cache_modifier=".cs")
+        y = store_output(y_ptr, residual_ptr, at, o_x, m_x, x - mean, scale, bias, slope, ACT)
         if mask_ptr is not None:
             byte_at, o_byte, m_byte = tile(
                 row, col, base, jump, stride, rows, length, BLOCK_ROWS, BLOCK_COLS, STRIDED, W
@@ -310,12 +315,9 @@ def backward_reduce_runs_kernel(
             STRIDED,
             W if PACKED else 1,
         )
-        dy = tl.load(dy_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC)
-        centred = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_last").to(ACC) - mean
-        h = upstream(
-            dy, centred, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
-            scale, bias, slope,
-            ACT, W, PACKED, "evict_last",
+        centred, h = load_upstream(
+            dy_ptr, x_ptr, mean, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
+            scale, bias, slope, ACC, ACT, W, PACKED, "evict_last",
         )  # fmt: skip
         h = tl.where(m_x, h, 0.0)
         sum_h += h
@@ -410,16 +412,8 @@ def backward_apply_runs_kernel(
             STRIDED,
             W if PACKED else 1,
         )
-        dy = tl.load(dy_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_first").to(ACC)
-        centred = tl.load(x_ptr + at + o_x, m_x, 0.0, eviction_policy="evict_first").to(ACC) - mean
-        h = upstream(
-            dy, centred, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
-            scale, bias, slope,
-            ACT, W, PACKED, "evict_first",
+        centred, h = load_upstream(
+            dy_ptr, x_ptr, mean, residual_ptr, mask_ptr, at, o_x, m_x, byte_at, o_byte, m_byte,
+            scale, bias, slope, ACC, ACT, W, PACKED, "evict_first",
         )  # fmt: skip
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + at + o_x, h, m_x, cache_modifier=".cs")
-        dx = scale * h
-        if LIVE:
-            dx -= shift + centred * slant
-        tl.store(dx_ptr + at + o_x, dx, m_x, cache_modifier=".cs")
+        store_gradients(dx_ptr, dresidual_ptr, at, o_x, m_x, centred, h, scale, shift, slant, LIVE)
